@@ -14,6 +14,7 @@ PYTHONS_newest := 3.13 3.12
 
 UV := .venvs/uv/bin/uv
 export UV_NO_PROGRESS := 1
+export UV_HTTP_TIMEOUT ?= 180
 
 .PHONY: help
 help:
