@@ -1,0 +1,79 @@
+"""What differs between JAX versions, and all that JAX gives no guarantee for.
+
+Every import from `jax.extend`, `jax.interpreters` and `jax._src` that the package makes
+stands here, and so does every branch on the version of JAX. Each branch names the first
+release that no longer needs it: when that release is the oldest one supported, the
+branch goes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+from jax._src import checkify, core
+from jax.experimental import jet
+from jax.extend.core import Primitive as Primitive
+from jax.interpreters import ad as ad
+from jax.interpreters import batching as batching
+from jax.interpreters import mlir as mlir
+from jax.interpreters.xla import apply_primitive as apply_primitive
+from jax.sharding import reshard as reshard
+
+JAX_VERSION = tuple(int(part) for part in jax.__version__.split(".")[:3])
+
+
+def varying(aval: Any) -> frozenset[Any]:
+    """The manual mesh axes over which a value differs from device to device."""
+    # The older attribute still exists on newer releases, where it is always empty.
+    if JAX_VERSION >= (0, 10):  # From 0.10.0 on this is the only way.
+        return frozenset(aval.mat.varying)
+    return frozenset(aval.vma)
+
+
+def pvary(x: jax.Array, axes: frozenset[Any]) -> jax.Array:
+    """Marks `x` as varying over further manual mesh axes; its transpose sums over them."""
+    if not axes:
+        return x
+    if hasattr(jax.lax, "pcast"):  # From 0.8.2 on this is the only way.
+        return jax.lax.pcast(x, tuple(axes), to="varying")
+    return jax.lax.pvary(x, tuple(axes))
+
+
+def staged(*operands: Any) -> bool:
+    """Whether a bind of these operands is traced rather than run at once."""
+    return not core.trace_ctx.is_top_level() or any(
+        isinstance(operand, jax.core.Tracer) for operand in operands
+    )
+
+
+def register_jet_rule(primitive: Primitive, rule: Callable[..., Any]) -> None:
+    """Registers a Taylor-mode rule, `rule(primals, series, **params)`."""
+    jet.jet_rules[primitive] = rule
+
+
+def register_checkify_rule(
+    primitive: Primitive, check: Callable[..., tuple[jax.Array, str, dict[str, Any]]]
+) -> None:
+    """Has `checkify` raise where `check(*operands, **params)` finds a bad value.
+
+    `check` returns a scalar predicate that is true where the check fails, a format
+    string, and the scalars that the string names. A rule costs nothing where nobody
+    uses checkify; `checkify.check` in the public function would make every other
+    transformation fail, and `checkify.debug_check` slows each call down.
+    """
+
+    def rule(*args: Any, **params: Any) -> tuple[Any, jax.Array]:
+        # From 0.11.1 on a context comes first and `assert_func` wants it back.
+        *context, error, enabled, x, segments = args
+        out = primitive.bind(x, segments, **params)
+        if checkify.FailedCheckError in enabled:
+            failed, message, values = check(x, segments, **params)
+            exception = checkify.FailedCheckError(
+                checkify.get_traceback(), message, **values
+            )
+            error = checkify.assert_func(*context, error, failed, exception)
+        return error, out
+
+    checkify.error_checks[primitive] = rule

@@ -1,0 +1,314 @@
+"""Axes, lengths, ids and offsets: from what the user wrote to one checked form.
+
+Every error message for bad input is made here (but for sharding, which only the
+primitive sees). Values that lie on the host are checked against the axis; values on a
+device, and traced ones, are never waited for.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Sequence
+from functools import lru_cache
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.typing import ArrayLike
+
+from jax_revseg._lowering import position_dtype, widen
+
+BatchAxis = int | Sequence[int] | None
+
+
+class Segments(NamedTuple):
+    """The operands and parameters of one bind, but for `x`."""
+
+    values: jax.Array
+    axis: int
+    batch_axes: tuple[int, ...]
+    layout: str
+    padding_id: int | None = None
+
+
+def as_array(name: str, x: Any) -> jax.Array:
+    """An array of at least one axis, or an error that says what came instead."""
+    if not isinstance(x, jax.Array):
+        if not (isinstance(x, (np.ndarray, np.generic)) or hasattr(x, "__jax_array__")):
+            raise TypeError(
+                f"{name}: x must be an array, but has type {type(x).__name__}; convert "
+                "it with jax.numpy.asarray (or use jax.tree.map for a pytree)."
+            )
+        x = jnp.asarray(x)
+    if x.ndim == 0:
+        raise ValueError(
+            f"{name}: x has rank 0 (shape ()), but needs at least 1 axis to reverse; "
+            "give it one with x[None]."
+        )
+    return x
+
+
+def as_integers(name: str, argument: str, values: Any) -> np.ndarray | jax.Array:
+    """Integers where they are: a NumPy array from the host, or a JAX array."""
+    if isinstance(values, (list, tuple)) and any(
+        isinstance(leaf, jax.Array) for leaf in jax.tree.leaves(values)
+    ):
+        values = jnp.asarray(values)
+    elif hasattr(values, "__jax_array__"):
+        values = jnp.asarray(values)
+    if isinstance(values, jax.Array):
+        dtype = values.dtype
+    else:
+        try:
+            values = np.asarray(values)
+        except (ValueError, OverflowError) as error:
+            raise ValueError(f"{name}: {argument} is not an array: {error}") from error
+        if values.size == 0 and values.dtype == np.float64:  # An empty list.
+            values = values.astype(np.int32)
+        dtype = values.dtype
+        if dtype == object and all(isinstance(v, int) for v in values.flat):
+            return values  # Python integers past 64 bits: out of range, said later.
+    if not jnp.issubdtype(dtype, jnp.integer):
+        remedy = (
+            "a mask is segment_ids=mask.astype(int), padding_id=0"
+            if dtype == bool
+            else "convert them with .astype(int)"
+        )
+        raise TypeError(
+            f"{name}: {argument} has dtype {dtype}, but must be integers; {remedy}."
+        )
+    return values
+
+
+@lru_cache(maxsize=4096)
+def resolve_axes(
+    name: str,
+    argument: str,
+    x_shape: tuple[int, ...],
+    shape: tuple[int, ...],
+    trailing: int,
+    axis: int | None,
+    batch_axis: int | tuple[int, ...] | None,
+) -> tuple[int, tuple[int, ...]]:
+    """The segment axis and the batch axes of x, all counted from 0."""
+    ndim, batch_rank = len(x_shape), len(shape) - trailing
+    has = f"{name}: {argument} has shape {shape} and x has shape {x_shape}"
+    if batch_rank < 0:
+        raise ValueError(
+            f"{has}, but {argument} needs at least 1 axis: the one that runs over the "
+            "segments. For a single length per row use reverse_sequence."
+        )
+
+    def canonical(which: str, value: int) -> int:
+        if not -ndim <= value < ndim:
+            raise ValueError(
+                f"{name}: {which} is {value}, but x has rank {ndim} (shape {x_shape}); "
+                f"use a value from {-ndim} to {ndim - 1}."
+            )
+        return value % ndim
+
+    if axis is None:
+        if batch_rank >= ndim:
+            raise ValueError(
+                f"{has}: with {batch_rank} batch axes, x needs rank {batch_rank + 1} or "
+                f"more, but has {ndim}; {argument} must have one entry for each row."
+            )
+        axis = batch_rank
+    axis = canonical("axis", axis)
+    if batch_axis is None:
+        others = [a for a in range(ndim) if a != axis]
+        if batch_rank > len(others):
+            raise ValueError(
+                f"{has}: beside axis {axis}, x has {len(others)} axes for the "
+                f"{batch_rank} batch axes of {argument}; give one entry for each row."
+            )
+        batch_axes = tuple(others[:batch_rank])
+    else:
+        given = (batch_axis,) if isinstance(batch_axis, int) else batch_axis
+        batch_axes = tuple(canonical("batch_axis", a) for a in given)
+        if len(batch_axes) != batch_rank:
+            raise ValueError(
+                f"{name}: batch_axis {batch_axis} names {len(batch_axes)} axes, but "
+                f"{argument} (shape {shape}) has {batch_rank} batch axes; name as many."
+            )
+        if len({*batch_axes, axis}) != batch_rank + 1:
+            raise ValueError(
+                f"{name}: batch_axis {batch_axis} and axis {axis} must name different "
+                f"axes of x (shape {x_shape}); give axis and batch_axis explicitly."
+            )
+    sizes = tuple(x_shape[a] for a in batch_axes)
+    if shape[:batch_rank] != sizes:
+        raise ValueError(
+            f"{has}: axes {batch_axes} of x, the batch axes, have sizes {sizes}, but "
+            f"{argument} has {shape[:batch_rank]}; give one entry for each row, or name "
+            "the axes with axis and batch_axis."
+        )
+    return axis, batch_axes
+
+
+def _integer(name: str, argument: str, value: Any) -> int:
+    try:
+        return operator.index(value)
+    except TypeError:
+        raise TypeError(
+            f"{name}: {argument} is {value!r} of type {type(value).__name__}; use an int."
+        ) from None
+
+
+def _axes(
+    name: str,
+    argument: str,
+    x: jax.Array,
+    values: Any,
+    trailing: int,
+    axis: int | None,
+    batch_axis: BatchAxis,
+) -> tuple[int, tuple[int, ...]]:
+    if axis is not None:
+        axis = _integer(name, "axis", axis)
+    if isinstance(batch_axis, (tuple, list)):
+        batch_axis = tuple(_integer(name, "batch_axis", a) for a in batch_axis)
+    elif batch_axis is not None:
+        batch_axis = _integer(name, "batch_axis", batch_axis)
+    return resolve_axes(
+        name, argument, x.shape, values.shape, trailing, axis, batch_axis
+    )
+
+
+def _raise_at(
+    name: str, argument: str, bad: np.ndarray, values: np.ndarray, rule: str
+) -> None:
+    """Names the first value on the host that breaks a rule."""
+    if bad.any():
+        index = tuple(int(i) for i in np.argwhere(bad)[0])
+        where = f"{argument}[{', '.join(map(str, index))}]" if index else argument
+        raise ValueError(f"{name}: {where} is {values[index]}, but {rule}.")
+
+
+def _on_device(lengths: np.ndarray, size: int) -> jax.Array:
+    """Checked host lengths, none above `size`, in the dtype of positions."""
+    return jnp.asarray(lengths.astype(position_dtype(size)))
+
+
+def padded(
+    name: str,
+    x: jax.Array,
+    lengths: Any,
+    axis: int | None,
+    batch_axis: BatchAxis,
+    size: int | None = None,
+) -> Segments:
+    """One length for each row; `size` is that of the whole axis, where x is a shard."""
+    values = as_integers(name, "lengths", lengths)
+    axis, batch_axes = _axes(name, "lengths", x, values, 0, axis, batch_axis)
+    if isinstance(values, np.ndarray):
+        size = x.shape[axis] if size is None else size
+        limit = f"must lie between 0 and {size}, the size of axis {axis} of x"
+        bad = values < 0
+        if isinstance(size, int):  # A symbolic size is known only when it runs.
+            bad = bad | (values > size)
+        _raise_at(name, "lengths", bad, values, f"{limit}; clip or correct it")
+        values = _on_device(values, size)
+    return Segments(values, axis, batch_axes, "padded")
+
+
+def packed(
+    name: str,
+    x: jax.Array,
+    lengths: Any,
+    axis: int | None,
+    batch_axis: BatchAxis,
+    size: int | None = None,
+) -> Segments:
+    """Several lengths for each row, laid end to end."""
+    values = as_integers(name, "lengths", lengths)
+    axis, batch_axes = _axes(name, "lengths", x, values, 1, axis, batch_axis)
+    if isinstance(values, np.ndarray):
+        size = x.shape[axis] if size is None else size
+        bad = values < 0
+        _raise_at(name, "lengths", bad, values, "must not be negative; correct it")
+        if isinstance(size, int):
+            # Python integers, since 64 bits can overflow too.
+            sums = np.asarray(values.astype(object).sum(-1), object)
+            limit = f"must not pass {size}, the size of axis {axis} of x; correct them"
+            _raise_at(name, "lengths.sum(-1)", sums > size, sums, limit)
+        values = _on_device(values, size)
+    return Segments(values, axis, batch_axes, "packed")
+
+
+def offsets(
+    name: str,
+    x: jax.Array,
+    cu_seqlens: Any,
+    axis: int | None,
+    batch_axis: BatchAxis,
+    size: int | None = None,
+) -> Segments:
+    """Cumulative offsets: what lies between two of them is a segment."""
+    values = as_integers(name, "cu_seqlens", cu_seqlens)
+    axis, batch_axes = _axes(name, "cu_seqlens", x, values, 1, axis, batch_axis)
+    if values.shape[-1] == 0:
+        raise ValueError(
+            f"{name}: cu_seqlens has shape {values.shape}, but its last axis needs at "
+            "least 1 entry, the leading 0; K segments take K + 1 offsets."
+        )
+    size = x.shape[axis] if size is None else size
+    if isinstance(values, np.ndarray):
+        bad = np.zeros(values.shape, bool)
+        bad[..., 0] = values[..., 0] != 0
+        _raise_at(name, "cu_seqlens", bad, values, "the first offset must be 0")
+        bad[..., 1:] = values[..., 1:] < values[..., :-1]
+        bad[..., 0] = False
+        rule = "must not be less than the offset before it; sort or correct them"
+        _raise_at(name, "cu_seqlens", bad, values, rule)
+        if isinstance(size, int):
+            limit = f"must not pass {size}, the size of axis {axis} of x; correct it"
+            _raise_at(name, "cu_seqlens", values > size, values, limit)
+        values = _on_device(values, size)
+    else:
+        values = widen(values, size)
+    start, end = values[..., :-1], values[..., 1:]
+    if jnp.issubdtype(values.dtype, jnp.unsignedinteger):
+        end = jnp.maximum(start, end)  # A difference below 0 would wrap.
+    return Segments(end - start, axis, batch_axes, "packed")
+
+
+def ids(
+    name: str,
+    x: jax.Array,
+    segment_ids: Any,
+    padding_id: int | None,
+    axis: int | None,
+    batch_axis: BatchAxis,
+) -> Segments:
+    """One id for each position; a run of equal ids is a segment."""
+    values = as_integers(name, "segment_ids", segment_ids)
+    axis, batch_axes = _axes(name, "segment_ids", x, values, 1, axis, batch_axis)
+    if values.shape[-1] != x.shape[axis]:
+        raise ValueError(
+            f"{name}: segment_ids has shape {values.shape}, but axis {axis} of x (shape "
+            f"{x.shape}) has size {x.shape[axis]}; the last axis of segment_ids needs "
+            "one id for each position."
+        )
+    if padding_id is not None:
+        padding_id = _integer(name, "padding_id", padding_id)
+    if isinstance(values, np.ndarray):
+        # Ids that differ only past 32 bits would become equal on a device: keep the
+        # number of the run instead.
+        starts = np.ones(values.shape, bool)
+        starts[..., 1:] = values[..., 1:] != values[..., :-1]
+        runs = np.cumsum(starts, -1)
+        if padding_id is not None:
+            runs = np.where(values == padding_id, 0, runs)
+            padding_id = 0
+        values = _on_device(runs, x.shape[axis])
+    elif padding_id is not None:
+        info = jnp.iinfo(values.dtype)
+        if not info.min <= padding_id <= info.max:
+            raise ValueError(
+                f"{name}: padding_id is {padding_id}, but segment_ids has dtype "
+                f"{values.dtype}, which holds {info.min} to {info.max}; no id can be "
+                "equal to it: use another dtype or another padding_id."
+            )
+    return Segments(values, axis, batch_axes, "ids", padding_id)
