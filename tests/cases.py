@@ -1,0 +1,271 @@
+"""One table of cases for tests and benchmarks: operands, the call, what is right.
+
+A case is plain data. It makes its operands (NumPy, seeded by its name), knows the
+public call and the same call on the NumPy reference:
+
+    x, segments = case.x(), case.segments()
+    assert_same_bits(case.call(x, jnp.asarray(segments)), case.expected(x, segments))
+"""
+
+from __future__ import annotations
+
+import zlib
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jax_revseg import _reference, reverse_segments, reverse_sequence
+
+
+@dataclass(frozen=True)
+class Case:
+    """One reversal: shapes, axes and dtypes, and the kind of lengths."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: str = "float32"
+    layout: str = "padded"  # or "packed", "ids", "offsets" (that is, cu_seqlens)
+    axis: int = 1
+    batch_axes: tuple[int, ...] = (0,)
+    lengths: str = "random"  # or "zero", "one", "full", "over" (out of range)
+    count: int = 3  # Segments a row, in every layout but "padded".
+    lengths_dtype: str = "int32"
+    padding_id: int | None = None
+
+    @property
+    def size(self) -> int:
+        """The size of the segment axis, T."""
+        return self.shape[self.axis]
+
+    @property
+    def batch_shape(self) -> tuple[int, ...]:
+        return tuple(self.shape[a] for a in self.batch_axes)
+
+    def _rng(self) -> np.random.Generator:
+        return np.random.default_rng(zlib.crc32(self.name.encode()))
+
+    def x(self) -> np.ndarray:
+        """Random bits, which are every kind of float, with the rare kinds planted."""
+        return random_bits(self._rng(), self.shape, self.dtype)
+
+    def segments(self) -> np.ndarray:
+        """What goes beside x: lengths, ids or offsets, in `lengths_dtype`."""
+        rng, dtype = self._rng(), np.dtype(self.lengths_dtype)
+        if self.layout == "padded":
+            return self._lengths(rng, self.batch_shape, self.size).astype(dtype)
+        lengths = self._lengths(
+            rng, (*self.batch_shape, self.count), self.size // self.count
+        )
+        if self.layout == "packed":
+            return lengths.astype(dtype)
+        offsets = np.concatenate([lengths[..., :1] * 0, lengths.cumsum(-1)], -1)
+        if self.layout == "offsets":
+            return offsets.astype(dtype)
+        # The number of offsets at or before a position is the number of its segment,
+        # from 1 on; what follows the last segment is the run of id 0.
+        t = np.arange(self.size)
+        ids = (t[:, None] >= offsets[..., None, :]).sum(-1)
+        return np.where(t < offsets[..., -1:], ids, 0).astype(dtype)
+
+    def _lengths(self, rng, shape: tuple[int, ...], limit: int) -> np.ndarray:
+        """Lengths of the kind asked for, up to `limit` (but for "over")."""
+        if self.lengths == "random":
+            return rng.integers(0, limit + 1, shape)
+        if self.lengths == "over":
+            info = np.iinfo(self.lengths_dtype)
+            extremes = [info.min, info.max // 2, limit, info.max - limit]
+            if self.layout in ("ids", "offsets"):  # Their sums must not wrap here.
+                extremes = [-2, limit, 2 * limit + 3, -limit]
+            fits = [v for v in extremes if info.min <= v <= info.max]
+            return rng.choice(np.array(fits, object), shape)  # 2**64 - 1 among them.
+        value = {"zero": 0, "one": min(1, limit), "full": limit}[self.lengths]
+        return np.full(shape, value)
+
+    def keywords(self) -> dict[str, Any]:
+        """The axes as the public functions take them."""
+        axes: dict[str, Any] = dict(axis=self.axis, batch_axis=self.batch_axes)
+        if self.layout == "ids":
+            axes["padding_id"] = self.padding_id
+        return axes
+
+    def call(self, x: Any, segments: Any, **more: Any) -> jax.Array:
+        """The public function on these operands."""
+        keywords = self.keywords() | more
+        if self.layout == "padded":
+            return reverse_sequence(x, segments, **keywords)
+        argument = {"packed": "lengths", "ids": "segment_ids", "offsets": "cu_seqlens"}
+        return reverse_segments(x, **{argument[self.layout]: segments}, **keywords)
+
+    def expected(
+        self, x: np.ndarray, segments: np.ndarray, padding_value: Any = None
+    ) -> np.ndarray:
+        """The reference on these operands; out-of-range lengths are cut."""
+        layout = self.layout
+        if layout == "offsets":
+            layout, segments = "packed", np.diff(segments.astype(object))
+        return _reference.reverse(
+            x,
+            segments,
+            axis=self.axis,
+            batch_axes=self.batch_axes,
+            layout=layout,
+            padding_id=self.padding_id,
+            padding_value=padding_value,
+        )
+
+
+def random_bits(
+    rng: np.random.Generator, shape: tuple[int, ...], dtype: str
+) -> np.ndarray:
+    """Values of any dtype by their bits, with special floats where there is room."""
+    kind = jnp.dtype(dtype)
+    if kind == bool:
+        return rng.integers(0, 2, shape).astype(bool)
+    x = np.frombuffer(rng.bytes(int(np.prod(shape)) * kind.itemsize), np.uint8)
+    x = x & np.uint8((1 << min(bit_width(kind), 8)) - 1)  # int4 lies in a byte.
+    x = x.view(kind).copy()
+    if jnp.issubdtype(kind, jnp.inexact) and bit_width(kind) >= 16:
+        part = x.view(x.real.dtype)  # Complex numbers are pairs of floats.
+        unsigned = f"uint{8 * part.itemsize}"
+        special = np.array([-0.0, np.inf, -np.inf, np.nan], part.dtype).view(unsigned)
+        payload = special[1] | np.array([1, 42], unsigned)  # Signalling, at that.
+        denormal = np.array([1, 3], unsigned)
+        special = np.concatenate([special, -special[:1], payload, denormal])
+        at = rng.permutation(part.size)[: special.size]
+        part.view(unsigned)[at] = special[: at.size]
+    return x.reshape(shape)
+
+
+def bit_width(dtype: Any) -> int:
+    dtype = jnp.dtype(dtype)
+    if dtype == bool:
+        return 8
+    if jnp.issubdtype(dtype, jnp.complexfloating):
+        return 8 * dtype.itemsize
+    info = jnp.iinfo if jnp.issubdtype(dtype, jnp.integer) else jnp.finfo
+    return info(dtype).bits
+
+
+def bits(x: Any) -> np.ndarray:
+    """The bits of an array: bytes, so that NaN payloads and -0.0 count."""
+    if isinstance(x, jax.Array) and jax.dtypes.issubdtype(x.dtype, jax.dtypes.prng_key):
+        x = jax.random.key_data(x)
+    x = np.ascontiguousarray(x)
+    raw = x.reshape(*np.shape(x), 1).view(np.uint8)
+    return raw & np.uint8((1 << min(bit_width(x.dtype), 8)) - 1)
+
+
+def assert_same_bits(actual: Any, expected: Any, message: str = "") -> None:
+    """Same shape, same dtype, same bits."""
+    assert actual.shape == expected.shape, (message, actual.shape, expected.shape)
+    assert actual.dtype == expected.dtype, (message, actual.dtype, expected.dtype)
+    np.testing.assert_array_equal(bits(actual), bits(expected), message)
+
+
+def enable_x64() -> Any:
+    """A context in which 64-bit types are on."""
+    if hasattr(jax, "enable_x64"):  # From JAX 0.8 on this is the only way.
+        return jax.enable_x64(True)
+    from jax.experimental import enable_x64
+
+    return enable_x64()
+
+
+LAYOUTS = ("padded", "packed", "ids", "offsets")
+# All but int1, uint1 and 6-bit floats, which the newest JAX names and cannot run.
+DTYPES = (
+    *("bool", "int4", "int8", "int16", "int32", "int64"),
+    *("uint4", "uint8", "uint16", "uint32", "uint64"),
+    *("float4_e2m1fn", "float8_e3m4", "float8_e4m3", "float8_e4m3b11fnuz"),
+    *("float8_e4m3fn", "float8_e4m3fnuz", "float8_e5m2", "float8_e5m2fnuz"),
+    *("float8_e8m0fnu", "bfloat16", "float16", "float32", "float64"),
+    *("complex64", "complex128"),
+)
+WIDE = ("int64", "uint64", "float64", "complex128")  # Only with `enable_x64`.
+
+# Every layout with every kind of lengths.
+KINDS = tuple(
+    Case(f"{layout}-{kind}", (4, 7, 2), layout=layout, lengths=kind, padding_id=0)
+    for layout in LAYOUTS
+    for kind in ("random", "zero", "one", "full", "over")
+    if (layout, kind) != ("ids", "over")  # No id is out of range.
+)
+
+# Every rank, with the segment axis and the batch axes anywhere and in any order.
+_AXES: tuple[tuple[tuple[int, ...], int, tuple[int, ...]], ...] = (
+    ((7,), 0, ()),
+    ((7, 3), 0, (1,)),
+    ((3, 7), 1, ()),
+    ((2, 3, 7), 2, (1, 0)),
+    ((7, 2, 3), 0, (2,)),
+    ((2, 7, 3, 2), 1, (3, 0)),
+    ((2, 3, 2, 7, 2), 3, (0, 1, 2)),
+    ((2, 1, 7, 2, 1, 3), 2, (5, 0)),
+    ((2, 1, 2, 1, 2, 7, 2), 5, (6, 4, 2, 0)),
+    ((1, 2, 1, 2, 6, 1, 2, 3), 4, (7, 0, 3)),
+    ((0, 7, 2), 1, (0,)),  # Nothing in an axis: of the batch,
+    ((3, 0, 2), 1, (0,)),  # of the segments,
+    ((3, 7, 0), 1, (0,)),  # of the features.
+)
+AXES = tuple(
+    Case(
+        f"{layout}-{'x'.join(map(str, shape))}-axis{axis}",
+        shape,
+        layout=layout,
+        axis=axis,
+        batch_axes=batch_axes,
+        padding_id=0 if layout == "ids" else None,
+    )
+    for i, (shape, axis, batch_axes) in enumerate(_AXES)
+    for layout in ("padded", LAYOUTS[1 + i % 3])
+)
+
+# Every dtype of x; the layouts take turns, since they and the dtypes never meet.
+TYPES = tuple(
+    Case(f"{LAYOUTS[i % 3]}-{dtype}", (4, 7, 2), dtype, LAYOUTS[i % 3])
+    for i, dtype in enumerate(DTYPES)
+)
+
+# Every dtype of lengths, with values at its own limits: 127 is less than T = 300, and
+# 2**63 is more than an int32 or an int64 can hold.
+LENGTHS_TYPES = tuple(
+    Case(
+        f"{layout}-by-{dtype}-{kind}",
+        (6, 300),
+        layout=layout,
+        lengths=kind,
+        lengths_dtype=dtype,
+    )
+    for layout, kind in (("padded", "over"), ("packed", "over"))
+    for dtype in (
+        *("int8", "int16", "int32", "int64"),
+        *("uint8", "uint16", "uint32", "uint64"),
+    )
+)
+
+CASES = (*KINDS, *AXES, *TYPES, *LENGTHS_TYPES)
+SMALL = tuple(case for case in KINDS if case.lengths == "random")  # One of each layout.
+
+# What the benchmarks time. The tests run the first of each layout.
+_TIME_MAJOR = dict(axis=0, batch_axes=(1,))
+BENCHMARKS = (
+    Case("padded-64x128x256", (64, 128, 256)),
+    Case("padded-32x512x512", (32, 512, 512)),
+    Case("padded-64x512x8", (64, 512, 8)),
+    Case("padded-512x2048x1", (512, 2048, 1)),
+    Case("padded-64x1024x1024", (64, 1024, 1024)),
+    Case("time-major-128x64x256", (128, 64, 256), **_TIME_MAJOR),
+    Case("time-major-512x64x8", (512, 64, 8), **_TIME_MAJOR),
+    Case("bfloat16-64x128x256", (64, 128, 256), "bfloat16"),
+    Case("int8-64x128x256", (64, 128, 256), "int8"),
+    Case("bool-64x128x256", (64, 128, 256), "bool"),
+    Case("packed-16x2048x256-k16", (16, 2048, 256), layout="packed", count=16),
+    Case("packed-1x65536x64-k512", (1, 65536, 64), layout="packed", count=512),
+    Case("packed-16x8192x1-k64", (16, 8192, 1), layout="packed", count=64),
+    Case("ids-16x2048x256-k16", (16, 2048, 256), layout="ids", count=16),
+    Case("ids-1x65536x64-k512", (1, 65536, 64), layout="ids", count=512),
+    Case("ids-16x8192x1-k64", (16, 8192, 1), layout="ids", count=64),
+)
