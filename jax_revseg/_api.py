@@ -7,13 +7,13 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
-from jax.typing import ArrayLike, DTypeLike
+from jax.typing import ArrayLike
 
 from jax_revseg import _compat, _layout
 from jax_revseg._layout import BatchAxis, Segments
 from jax_revseg._lowering import align, packed_ends, padding_mask
 from jax_revseg._primitive import reverse_segments_p
+from jax_revseg._sequence import AxisName, axis_size, on_whole_rows
 
 
 @partial(jax.jit, static_argnames=("axis", "batch_axes", "layout", "padding_id"))
@@ -35,42 +35,27 @@ def _bind(x: jax.Array, segments: Segments) -> jax.Array:
     return reverse_segments_p.bind(x, values, **params)
 
 
-def _check_padding_value(name: str, dtype: DTypeLike, value: Any) -> jax.Array:
-    """The value in the dtype of x, if that can hold it."""
-    shape = np.shape(value)
-    if shape != ():
-        raise ValueError(
-            f"{name}: padding_value has shape {shape}, but must be a scalar (shape ()); "
-            "use jax.numpy.where for anything else."
-        )
-    if isinstance(value, np.generic):
-        value = value.item()  # Only the value counts, as it does for a Python scalar.
-    try:
-        fits = jnp.result_type(dtype, value) == dtype
-        if fits and jnp.issubdtype(dtype, jnp.integer) and isinstance(value, int):
-            fits = jnp.iinfo(dtype).min <= value <= jnp.iinfo(dtype).max
-    except (TypeError, ValueError, OverflowError):
-        fits = False
-    if not fits:
-        raise TypeError(
-            f"{name}: padding_value is {value!r}, which x with dtype {dtype} cannot "
-            f"hold; use a scalar of dtype {dtype}, or convert x first."
-        )
-    return jnp.asarray(value, dtype)
-
-
 def _reverse(
     name: str, x: jax.Array, segments: Segments, padding_value: Any
 ) -> jax.Array:
     if padding_value is None:
         return _bind(x, segments)
-    value = _check_padding_value(name, x.dtype, padding_value)
+    value = _layout.as_padding_value(name, x.dtype, padding_value)
     out = _bind(x, segments)
     values, axis, batch_axes, layout, padding_id = segments
     if layout == "ids" and padding_id is None:
         return out  # No position is padding.
     mask = padding_mask(values, x.shape[axis], layout, padding_id)
     return jnp.where(align(mask, x.ndim, axis, batch_axes), value, out)
+
+
+def _reverse_order(x: jax.Array, flipped: Segments) -> jax.Array:
+    """Lays segments down in the order in which `flipped` has their lengths."""
+    # Reversing all that is valid puts the segments in the opposite order, each of them
+    # reversed; reversing each one puts its content right again.
+    total = flipped.values.sum(-1, dtype=flipped.values.dtype)
+    whole = Segments(total, flipped.axis, flipped.batch_axes, "padded")
+    return _bind(_bind(x, whole), flipped)
 
 
 def reverse_sequence(
@@ -80,11 +65,57 @@ def reverse_sequence(
     axis: int | None = None,
     batch_axis: BatchAxis = None,
     padding_value: ArrayLike | None = None,
+    axis_name: AxisName | None = None,
 ) -> jax.Array:
+    """Reverses the first `lengths[n]` steps of each row; padding stays where it is.
+
+    For a row of length `n`, `out[i] = x[n - 1 - i]` for `0 <= i < n` and `out[i] = x[i]`
+    elsewhere. Values move unchanged, bit for bit. The function is its own inverse and
+    its own gradient.
+
+    Lengths given as Python or NumPy values are checked at once, also under `jit`.
+    Lengths on a device, or traced, are not waited for: a negative length counts as 0,
+    one past the end as the size of the axis. Under `jax.experimental.checkify` those
+    raise.
+
+    Args:
+        x: Array of rank 1 or more and any dtype, `(N, T, ...)` by default.
+        lengths: Integers, in steps, one for each row: the shape of the batch axes of
+            `x`, `(N,)` by default. A scalar reverses axis 0 of one unbatched sequence.
+        axis: The segment axis of `x`, the one that is reversed. The default is the one
+            right after the batch axes, `lengths.ndim`. For a time-major `(T, N, ...)`
+            give `axis=0`.
+        batch_axis: The axis or axes of `x` that go with the axes of `lengths`, in that
+            order. The default is the first ones other than `axis`.
+        padding_value: Scalar that is written to the padding; `x` gets no gradient there.
+            The default keeps the padding.
+
+    Returns:
+        Array of the shape and dtype of `x`.
+
+    Raises:
+        TypeError: `x` is not an array, `lengths` or an axis is not an integer, or
+            `padding_value` does not fit the dtype of `x`.
+        ValueError: `lengths` does not have the shape of the batch axes, an axis is out
+            of range or named twice, or a length from the host lies outside the axis.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> from jax_revseg import reverse_sequence
+        >>> x = jnp.array([[1, 2, 3, 0, 0], [4, 5, 6, 7, 8]])
+        >>> reverse_sequence(x, jnp.array([3, 5]))
+        Array([[3, 2, 1, 0, 0],
+               [8, 7, 6, 5, 4]], dtype=int32)
+
+    Source: Caffe2's `ReversePackedSegs` (which is time-major), TensorFlow's
+    `reverse_sequence`, ONNX's `ReverseSequence`.
+    """
     name = "reverse_sequence"
     x = _layout.as_array(name, x)
-    segments = _layout.padded(name, x, lengths, axis, batch_axis)
-    return _reverse(name, x, segments, padding_value)
+    blocks = axis_size(name, axis_name)
+    segments = _layout.padded(name, x, lengths, axis, batch_axis, blocks)
+    reverse = partial(_reverse, name, padding_value=padding_value)
+    return on_whole_rows(reverse, x, segments, axis_name)
 
 
 def reverse_segments(
@@ -97,7 +128,62 @@ def reverse_segments(
     axis: int | None = None,
     batch_axis: BatchAxis = None,
     padding_value: ArrayLike | None = None,
+    axis_name: AxisName | None = None,
 ) -> jax.Array:
+    """Reverses each of several segments a row; segments keep their places.
+
+    A segment that covers `[s, s + n)` becomes `out[s + i] = x[s + n - 1 - i]`; every
+    position outside all segments stays as it is. Exactly one of `lengths`,
+    `segment_ids` and `cu_seqlens` says where the segments lie. The function is its own
+    inverse and its own gradient.
+
+    Values given as Python or NumPy values are checked at once, also under `jit`. On a
+    device, or traced, they are not waited for: a negative length (or a decreasing
+    offset) counts as an empty segment, and segments are cut at the end of the axis.
+    Under `jax.experimental.checkify` those raise.
+
+    Args:
+        x: Array of rank 1 or more and any dtype, `(*batch, T, ...)` by default.
+        lengths: Integers of shape `(*batch, K)`, in steps: segments laid end to end
+            from position 0. A length of 0 is an empty segment. What follows the last
+            segment is padding.
+        segment_ids: Integers of shape `(*batch, T)`: every maximal run of equal ids is
+            a segment.
+        cu_seqlens: Integers of shape `(*batch, K + 1)`: cumulative offsets from 0, as
+            variable-length attention kernels take them. Only their differences count
+            on a device.
+        padding_id: The id in `segment_ids` whose runs are padding. By default no id is.
+            A mask is `segment_ids=mask.astype(int), padding_id=0`.
+        axis: The segment axis of `x`. The default is the one right after the batch axes.
+        batch_axis: The axis or axes of `x` that go with the batch axes of the encoding,
+            in that order. The default is the first ones other than `axis`.
+        padding_value: Scalar that is written to the padding; `x` gets no gradient there.
+            The default keeps the padding.
+
+    Returns:
+        Array of the shape and dtype of `x`.
+
+    Raises:
+        TypeError: `x` is not an array, an encoding or an axis is not an integer, or
+            `padding_value` does not fit the dtype of `x`.
+        ValueError: Not exactly one encoding is given, its shape does not go with `x`,
+            an axis is out of range or named twice, or values from the host are negative,
+            decrease, or pass the end of the axis.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> from jax_revseg import reverse_segments
+        >>> x = jnp.array([1, 2, 3, 4, 5, 0, 0])
+        >>> reverse_segments(x, [2, 3])
+        Array([2, 1, 5, 4, 3, 0, 0], dtype=int32)
+        >>> ids = jnp.array([1, 1, 2, 2, 2, 0, 0])
+        >>> reverse_segments(x, segment_ids=ids, padding_id=0)
+        Array([2, 1, 5, 4, 3, 0, 0], dtype=int32)
+        >>> reverse_segments(x, cu_seqlens=[0, 2, 5])
+        Array([2, 1, 5, 4, 3, 0, 0], dtype=int32)
+
+    Source: Caffe2's `ReversePackedSegs` on segments that are laid end to end.
+    """
     name = "reverse_segments"
     x = _layout.as_array(name, x)
     encodings = dict(lengths=lengths, segment_ids=segment_ids, cu_seqlens=cu_seqlens)
@@ -112,13 +198,17 @@ def reverse_segments(
             f"{name}: padding_id is {padding_id!r}, but the segments are given by "
             f"{given[0]}; padding_id goes with segment_ids only: leave it out."
         )
+    blocks = axis_size(name, axis_name)
     if segment_ids is not None:
-        segments = _layout.ids(name, x, segment_ids, padding_id, axis, batch_axis)
+        segments = _layout.ids(
+            name, x, segment_ids, padding_id, axis, batch_axis, blocks
+        )
     elif cu_seqlens is not None:
-        segments = _layout.offsets(name, x, cu_seqlens, axis, batch_axis)
+        segments = _layout.offsets(name, x, cu_seqlens, axis, batch_axis, blocks)
     else:
-        segments = _layout.packed(name, x, lengths, axis, batch_axis)
-    return _reverse(name, x, segments, padding_value)
+        segments = _layout.packed(name, x, lengths, axis, batch_axis, blocks)
+    reverse = partial(_reverse, name, padding_value=padding_value)
+    return on_whole_rows(reverse, x, segments, axis_name)
 
 
 def reverse_segment_order(
@@ -127,16 +217,47 @@ def reverse_segment_order(
     *,
     axis: int | None = None,
     batch_axis: BatchAxis = None,
+    axis_name: AxisName | None = None,
 ) -> tuple[jax.Array, jax.Array]:
+    """Lays the segments of each row down in the opposite order, each one intact.
+
+    What follows the last segment stays as it is. Called again with the lengths that it
+    returns, the function undoes itself. Lengths from the host are checked; on a device
+    a negative one counts as 0, and segments are cut at the end of the axis.
+
+    Args:
+        x: Array of rank 1 or more and any dtype, `(*batch, T, ...)` by default.
+        lengths: Integers of shape `(*batch, K)`, in steps: segments laid end to end.
+        axis: The segment axis of `x`. The default is the one right after the batch axes.
+        batch_axis: The axis or axes of `x` that go with the batch axes of `lengths`, in
+            that order. The default is the first ones other than `axis`.
+
+    Returns:
+        The array, of the shape and dtype of `x`, and the lengths of its segments, of
+        the shape of `lengths` (as they were cut, in the opposite order).
+
+    Raises:
+        TypeError: `x` is not an array, or `lengths` or an axis is not an integer.
+        ValueError: The shape of `lengths` does not go with `x`, an axis is out of range
+            or named twice, or lengths from the host are negative or pass the axis.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> from jax_revseg import reverse_segment_order
+        >>> out, lengths = reverse_segment_order(jnp.array([1, 2, 3, 4, 5, 0]), [2, 3])
+        >>> out
+        Array([3, 4, 5, 1, 2, 0], dtype=int32)
+        >>> lengths
+        Array([3, 2], dtype=int32)
+    """
     name = "reverse_segment_order"
     x = _layout.as_array(name, x)
-    segments = _layout.packed(name, x, lengths, axis, batch_axis)
-    values, axis, batch_axes, *_ = segments
-    ends = packed_ends(values, x.shape[axis])
-    # Reversing all that is valid puts the segments in the opposite order, each of them
-    # reversed; reversing each one puts its content right again.
-    whole = Segments(ends[..., -1], axis, batch_axes, "padded")
+    blocks = axis_size(name, axis_name)
+    segments = _layout.packed(name, x, lengths, axis, batch_axis, blocks)
+    ends = packed_ends(segments.values, blocks * x.shape[segments.axis])
     starts = jnp.concatenate([jnp.zeros_like(ends[..., :1]), ends[..., :-1]], -1)
     flipped = jnp.flip(ends - starts, -1)
-    out = _bind(_bind(x, whole), segments._replace(values=flipped))
-    return out, flipped.astype(values.dtype)
+    out = on_whole_rows(
+        _reverse_order, x, segments._replace(values=flipped), axis_name
+    )
+    return out, flipped.astype(segments.values.dtype)

@@ -15,10 +15,9 @@ import jax
 from jax._src import checkify, core
 from jax.experimental import jet
 from jax.extend.core import Primitive as Primitive
-from jax.interpreters import ad as ad
-from jax.interpreters import batching as batching
-from jax.interpreters import mlir as mlir
+from jax.interpreters import ad as ad, batching as batching, mlir as mlir
 from jax.interpreters.xla import apply_primitive as apply_primitive
+from jax.sharding import auto_axes
 from jax.sharding import reshard as reshard
 
 JAX_VERSION = tuple(int(part) for part in jax.__version__.split(".")[:3])
@@ -33,7 +32,7 @@ def varying(aval: Any) -> frozenset[Any]:
 
 
 def pvary(x: jax.Array, axes: frozenset[Any]) -> jax.Array:
-    """Marks `x` as varying over further manual mesh axes; its transpose sums over them."""
+    """Marks `x` as varying over manual mesh axes; the transpose sums over them."""
     if not axes:
         return x
     if hasattr(jax.lax, "pcast"):  # From 0.8.2 on this is the only way.
@@ -46,6 +45,14 @@ def staged(*operands: Any) -> bool:
     return not core.trace_ctx.is_top_level() or any(
         isinstance(operand, jax.core.Tracer) for operand in operands
     )
+
+
+def automatic(fun: Callable[..., Any], out: Any) -> Callable[..., Any]:
+    """Has the compiler choose the shardings inside `fun`; its result is sharded as `out`."""
+    explicit = out.sharding.mesh.explicit_axes
+    if not explicit:
+        return fun
+    return auto_axes(fun, axes=explicit, out_sharding=out.sharding)
 
 
 def register_jet_rule(primitive: Primitive, rule: Callable[..., Any]) -> None:

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.typing import ArrayLike
+from jax.typing import DTypeLike
 
 from jax_revseg._lowering import position_dtype, widen
 
@@ -51,6 +51,7 @@ def as_array(name: str, x: Any) -> jax.Array:
 
 def as_integers(name: str, argument: str, values: Any) -> np.ndarray | jax.Array:
     """Integers where they are: a NumPy array from the host, or a JAX array."""
+    given = values
     if isinstance(values, (list, tuple)) and any(
         isinstance(leaf, jax.Array) for leaf in jax.tree.leaves(values)
     ):
@@ -67,18 +68,73 @@ def as_integers(name: str, argument: str, values: Any) -> np.ndarray | jax.Array
         if values.size == 0 and values.dtype == np.float64:  # An empty list.
             values = values.astype(np.int32)
         dtype = values.dtype
-        if dtype == object and all(isinstance(v, int) for v in values.flat):
+        if dtype.kind == "O" and all(isinstance(v, int) for v in values.flat):
             return values  # Python integers past 64 bits: out of range, said later.
+        if dtype.kind not in "biufcV":  # Kind V holds int4 and its like.
+            raise TypeError(
+                f"{name}: {argument} is {given!r} of type {type(given).__name__}; give "
+                "an array of integers."
+            )
     if not jnp.issubdtype(dtype, jnp.integer):
-        remedy = (
-            "a mask is segment_ids=mask.astype(int), padding_id=0"
-            if dtype == bool
-            else "convert them with .astype(int)"
-        )
+        remedy = "convert them with .astype(int)"
+        if jnp.issubdtype(dtype, jnp.bool_):
+            remedy = "a mask is segment_ids=mask.astype(int), padding_id=0"
         raise TypeError(
             f"{name}: {argument} has dtype {dtype}, but must be integers; {remedy}."
         )
     return values
+
+
+def as_padding_value(name: str, dtype: DTypeLike, value: Any) -> jax.Array:
+    """The value in the dtype of x, if that can hold it."""
+    scalar = isinstance(value, (bool, int, float, complex, np.generic))
+    if not scalar and (shape := getattr(value, "shape", None)) != ():
+        got = f"has shape {shape}" if shape else f"is {value!r}"
+        raise (ValueError if shape else TypeError)(
+            f"{name}: padding_value {got}, but must be a scalar (shape ()); use "
+            "jax.numpy.where for anything else."
+        )
+    if isinstance(value, np.generic):
+        value = value.item()  # Only the value counts, as it does for a Python scalar.
+    try:
+        fits = jnp.result_type(dtype, value) == dtype
+        if fits and jnp.issubdtype(dtype, jnp.integer) and isinstance(value, int):
+            fits = jnp.iinfo(dtype).min <= value <= jnp.iinfo(dtype).max
+    except (TypeError, ValueError, OverflowError):
+        fits = False
+    if not fits:
+        raise TypeError(
+            f"{name}: padding_value is {value!r}, which x with dtype {dtype} cannot "
+            f"hold; use a scalar of dtype {dtype}, or convert x first."
+        )
+    return jnp.asarray(value, dtype)
+
+
+def _integer(name: str, argument: str, value: Any) -> int:
+    try:
+        return operator.index(value)
+    except TypeError:
+        raise TypeError(
+            f"{name}: {argument} is {value!r} of type {type(value).__name__}; use "
+            "an int."
+        ) from None
+
+
+def as_size(name: str, argument: str, value: Any) -> int:
+    """A size that is known when the program is traced."""
+    size = _integer(name, argument, value)
+    if size < 0:
+        raise ValueError(f"{name}: {argument} is {size}; it must be 0 or more.")
+    return size
+
+
+def check_rank_one(name: str, lengths: np.ndarray | jax.Array) -> None:
+    """Packing has one batch axis, the one that it makes."""
+    if lengths.ndim != 1:
+        raise ValueError(
+            f"{name}: lengths has rank {lengths.ndim} (shape {lengths.shape}), but "
+            "must have rank 1, one length for each segment; use jax.vmap over batches."
+        )
 
 
 @lru_cache(maxsize=4096)
@@ -111,8 +167,8 @@ def resolve_axes(
     if axis is None:
         if batch_rank >= ndim:
             raise ValueError(
-                f"{has}: with {batch_rank} batch axes, x needs rank {batch_rank + 1} or "
-                f"more, but has {ndim}; {argument} must have one entry for each row."
+                f"{has}: with {batch_rank} batch axes, x needs rank {batch_rank + 1} "
+                f"or more, but has {ndim}; {argument} must have one entry for each row."
             )
         axis = batch_rank
     axis = canonical("axis", axis)
@@ -141,19 +197,10 @@ def resolve_axes(
     if shape[:batch_rank] != sizes:
         raise ValueError(
             f"{has}: axes {batch_axes} of x, the batch axes, have sizes {sizes}, but "
-            f"{argument} has {shape[:batch_rank]}; give one entry for each row, or name "
-            "the axes with axis and batch_axis."
+            f"{argument} has {shape[:batch_rank]}; give one entry for each row, or "
+            "name the axes with axis and batch_axis."
         )
     return axis, batch_axes
-
-
-def _integer(name: str, argument: str, value: Any) -> int:
-    try:
-        return operator.index(value)
-    except TypeError:
-        raise TypeError(
-            f"{name}: {argument} is {value!r} of type {type(value).__name__}; use an int."
-        ) from None
 
 
 def _axes(
@@ -191,20 +238,27 @@ def _on_device(lengths: np.ndarray, size: int) -> jax.Array:
     return jnp.asarray(lengths.astype(position_dtype(size)))
 
 
+def _whole(x: jax.Array, axis: int, blocks: int) -> tuple[int, str]:
+    """The size of the segment axis with all its blocks, and how errors call it."""
+    size = x.shape[axis] * blocks
+    over = f" over {blocks} devices" if blocks > 1 else ""
+    return size, f"{size}, the size of axis {axis} of x{over}"
+
+
 def padded(
     name: str,
     x: jax.Array,
     lengths: Any,
     axis: int | None,
     batch_axis: BatchAxis,
-    size: int | None = None,
+    blocks: int = 1,
 ) -> Segments:
-    """One length for each row; `size` is that of the whole axis, where x is a shard."""
+    """One length for each row; x may be one of several blocks of the segment axis."""
     values = as_integers(name, "lengths", lengths)
     axis, batch_axes = _axes(name, "lengths", x, values, 0, axis, batch_axis)
     if isinstance(values, np.ndarray):
-        size = x.shape[axis] if size is None else size
-        limit = f"must lie between 0 and {size}, the size of axis {axis} of x"
+        size, which = _whole(x, axis, blocks)
+        limit = f"must lie between 0 and {which}"
         bad = values < 0
         if isinstance(size, int):  # A symbolic size is known only when it runs.
             bad = bad | (values > size)
@@ -219,19 +273,19 @@ def packed(
     lengths: Any,
     axis: int | None,
     batch_axis: BatchAxis,
-    size: int | None = None,
+    blocks: int = 1,
 ) -> Segments:
     """Several lengths for each row, laid end to end."""
     values = as_integers(name, "lengths", lengths)
     axis, batch_axes = _axes(name, "lengths", x, values, 1, axis, batch_axis)
     if isinstance(values, np.ndarray):
-        size = x.shape[axis] if size is None else size
+        size, which = _whole(x, axis, blocks)
         bad = values < 0
         _raise_at(name, "lengths", bad, values, "must not be negative; correct it")
         if isinstance(size, int):
             # Python integers, since 64 bits can overflow too.
             sums = np.asarray(values.astype(object).sum(-1), object)
-            limit = f"must not pass {size}, the size of axis {axis} of x; correct them"
+            limit = f"must not pass {which}; correct them"
             _raise_at(name, "lengths.sum(-1)", sums > size, sums, limit)
         values = _on_device(values, size)
     return Segments(values, axis, batch_axes, "packed")
@@ -243,7 +297,7 @@ def offsets(
     cu_seqlens: Any,
     axis: int | None,
     batch_axis: BatchAxis,
-    size: int | None = None,
+    blocks: int = 1,
 ) -> Segments:
     """Cumulative offsets: what lies between two of them is a segment."""
     values = as_integers(name, "cu_seqlens", cu_seqlens)
@@ -253,7 +307,7 @@ def offsets(
             f"{name}: cu_seqlens has shape {values.shape}, but its last axis needs at "
             "least 1 entry, the leading 0; K segments take K + 1 offsets."
         )
-    size = x.shape[axis] if size is None else size
+    size, which = _whole(x, axis, blocks)
     if isinstance(values, np.ndarray):
         bad = np.zeros(values.shape, bool)
         bad[..., 0] = values[..., 0] != 0
@@ -263,7 +317,7 @@ def offsets(
         rule = "must not be less than the offset before it; sort or correct them"
         _raise_at(name, "cu_seqlens", bad, values, rule)
         if isinstance(size, int):
-            limit = f"must not pass {size}, the size of axis {axis} of x; correct it"
+            limit = f"must not pass {which}; correct it"
             _raise_at(name, "cu_seqlens", values > size, values, limit)
         values = _on_device(values, size)
     else:
@@ -281,19 +335,27 @@ def ids(
     padding_id: int | None,
     axis: int | None,
     batch_axis: BatchAxis,
+    blocks: int = 1,
 ) -> Segments:
     """One id for each position; a run of equal ids is a segment."""
     values = as_integers(name, "segment_ids", segment_ids)
     axis, batch_axes = _axes(name, "segment_ids", x, values, 1, axis, batch_axis)
     if values.shape[-1] != x.shape[axis]:
         raise ValueError(
-            f"{name}: segment_ids has shape {values.shape}, but axis {axis} of x (shape "
-            f"{x.shape}) has size {x.shape[axis]}; the last axis of segment_ids needs "
+            f"{name}: segment_ids has shape {values.shape}, but axis {axis} of x "
+            f"(shape {x.shape}) has size {x.shape[axis]}; the last axis of segment_ids needs "
             "one id for each position."
         )
     if padding_id is not None:
         padding_id = _integer(name, "padding_id", padding_id)
     if isinstance(values, np.ndarray):
+        if blocks > 1:
+            raise ValueError(
+                f"{name}: segment_ids is a {type(segment_ids).__name__} from the host, "
+                f"the same on all {blocks} devices of axis_name, which hold different "
+                "blocks of the ids; pass it into shard_map with in_specs like those of "
+                "x."
+            )
         # Ids that differ only past 32 bits would become equal on a device: keep the
         # number of the run instead.
         starts = np.ones(values.shape, bool)
@@ -312,3 +374,25 @@ def ids(
                 "equal to it: use another dtype or another padding_id."
             )
     return Segments(values, axis, batch_axes, "ids", padding_id)
+
+
+def unpacked(
+    name: str, x: jax.Array, lengths: np.ndarray | jax.Array, total_length: int
+) -> jax.Array:
+    """The lengths of rows that will be laid end to end."""
+    if x.ndim < 2 or lengths.shape != x.shape[:1]:
+        raise ValueError(
+            f"{name}: lengths has shape {lengths.shape} and x has shape {x.shape}; x "
+            "needs axes for rows and steps, and lengths one entry for each row."
+        )
+    if isinstance(lengths, np.ndarray):
+        bad = lengths < 0
+        _raise_at(name, "lengths", bad, lengths, "must not be negative; correct it")
+        cut = np.minimum(lengths.astype(object), x.shape[1])
+        if (total := sum(cut)) > total_length:
+            raise ValueError(
+                f"{name}: the valid steps number {total}, but total_length is "
+                f"{total_length}; make it {total} or more."
+            )
+        lengths = _on_device(cut, x.shape[1])
+    return lengths

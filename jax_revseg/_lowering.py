@@ -19,7 +19,7 @@ def position_dtype(size: int) -> jnp.dtype:
 
 
 def widen(lengths: jax.Array, size: int) -> jax.Array:
-    """Lengths in the dtype of positions; those that it cannot hold become its limits."""
+    """Lengths in the dtype of positions, or the limit of it that they pass."""
     dtype = position_dtype(size)
     own, to = jnp.iinfo(lengths.dtype), jnp.iinfo(dtype)
     if own.min < to.min:
@@ -38,7 +38,7 @@ def clip_lengths(lengths: jax.Array, size: int) -> jax.Array:
 
 
 def packed_sums(lengths: jax.Array, size: int) -> jax.Array:
-    """The running sum of packed lengths, exact up to `size` and above `size` past it."""
+    """The running sum of packed lengths: exact up to `size`, then above `size`."""
     # The sum of K lengths may pass 2**32 and wrap. The first sum that passes `size` has
     # not wrapped yet, and the running maximum keeps it.
     sums = lax.cumsum(clip_lengths(lengths, size).astype(jnp.uint32), lengths.ndim - 1)
@@ -80,7 +80,7 @@ def source_index(segments: jax.Array, size: int, layout: str, padding_id: int | 
 def padding_mask(
     segments: jax.Array, size: int, layout: str, padding_id: int | None
 ) -> jax.Array:
-    """For each row and position, whether it is outside all segments: `(*batch, size)`."""
+    """Whether each position is outside all segments: `(*batch, size)`."""
     if layout == "ids":
         return segments == padding_id
     if layout == "padded":

@@ -15,11 +15,9 @@ derivative rule is the same bind on another operand.
 from __future__ import annotations
 
 from functools import partial
-from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax import lax
 from jax.sharding import NamedSharding, PartitionSpec
 
 from jax_revseg import _compat
@@ -171,20 +169,24 @@ def _reverse_segments_checkify(x, segments, *, axis, layout, **_):
     return jnp.any(bad), message, {"value": segments.ravel()[first], **row}
 
 
-@partial(
-    jax.jit, static_argnames=("axis", "batch_axes", "layout", "padding_id"), inline=False
-)
+@partial(jax.jit, static_argnames=("axis", "batch_axes", "layout", "padding_id"))
 def _reverse_gather(x, segments, **params):
     # One function in the module for any number of calls with these shapes.
     return reverse_gather(x, segments, **params)
 
 
+def _reverse_segments_lowering(ctx, x, segments, **params):
+    # Under explicit sharding the arithmetic on indices would be checked like a user's
+    # own, and each operation given a sharding. Let the compiler see to the inside; the
+    # outside is what abstract evaluation promised.
+    gather = _compat.automatic(partial(_reverse_gather, **params), ctx.avals_out[0])
+    return mlir.lower_fun(gather, multiple_results=False)(ctx, x, segments)
+
+
 reverse_segments_p = _compat.Primitive("reverse_segments")
 reverse_segments_p.def_impl(partial(_compat.apply_primitive, reverse_segments_p))
 reverse_segments_p.def_abstract_eval(_reverse_segments_abstract_eval)
-mlir.register_lowering(
-    reverse_segments_p, mlir.lower_fun(_reverse_gather, multiple_results=False)
-)
+mlir.register_lowering(reverse_segments_p, _reverse_segments_lowering)
 ad.defjvp(reverse_segments_p, _reverse_segments_jvp, None)
 ad.primitive_transposes[reverse_segments_p] = _reverse_segments_transpose
 batching.fancy_primitive_batchers[reverse_segments_p] = _reverse_segments_batching
