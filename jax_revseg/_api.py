@@ -69,8 +69,8 @@ def reverse_sequence(
 ) -> jax.Array:
     """Reverses the first `lengths[n]` steps of each row; padding stays where it is.
 
-    For a row of length `n`, `out[i] = x[n - 1 - i]` for `0 <= i < n` and `out[i] = x[i]`
-    elsewhere. Values move unchanged, bit for bit. The function is its own inverse and
+    For a row of length `n`, `out[i] = x[n - 1 - i]` for `0 <= i < n`, and `out[i] =
+    x[i]` elsewhere. Values move unchanged, bit for bit. The function is its own inverse and
     its own gradient.
 
     Lengths given as Python or NumPy values are checked at once, also under `jit`.
@@ -87,8 +87,8 @@ def reverse_sequence(
             give `axis=0`.
         batch_axis: The axis or axes of `x` that go with the axes of `lengths`, in that
             order. The default is the first ones other than `axis`.
-        padding_value: Scalar that is written to the padding; `x` gets no gradient there.
-            The default keeps the padding.
+        padding_value: Scalar that is written to the padding; `x` gets no gradient
+            there. The default keeps the padding.
 
     Returns:
         Array of the shape and dtype of `x`.
@@ -154,11 +154,12 @@ def reverse_segments(
             on a device.
         padding_id: The id in `segment_ids` whose runs are padding. By default no id is.
             A mask is `segment_ids=mask.astype(int), padding_id=0`.
-        axis: The segment axis of `x`. The default is the one right after the batch axes.
+        axis: The segment axis of `x`. The default is the one right after the batch
+            axes.
         batch_axis: The axis or axes of `x` that go with the batch axes of the encoding,
             in that order. The default is the first ones other than `axis`.
-        padding_value: Scalar that is written to the padding; `x` gets no gradient there.
-            The default keeps the padding.
+        padding_value: Scalar that is written to the padding; `x` gets no gradient
+            there. The default keeps the padding.
 
     Returns:
         Array of the shape and dtype of `x`.
@@ -167,8 +168,8 @@ def reverse_segments(
         TypeError: `x` is not an array, an encoding or an axis is not an integer, or
             `padding_value` does not fit the dtype of `x`.
         ValueError: Not exactly one encoding is given, its shape does not go with `x`,
-            an axis is out of range or named twice, or values from the host are negative,
-            decrease, or pass the end of the axis.
+            an axis is out of range or named twice, or values from the host are
+            negative, decrease, or pass the end of the axis.
 
     Example:
         >>> import jax.numpy as jnp
@@ -228,7 +229,8 @@ def reverse_segment_order(
     Args:
         x: Array of rank 1 or more and any dtype, `(*batch, T, ...)` by default.
         lengths: Integers of shape `(*batch, K)`, in steps: segments laid end to end.
-        axis: The segment axis of `x`. The default is the one right after the batch axes.
+        axis: The segment axis of `x`. The default is the one right after the batch
+            axes.
         batch_axis: The axis or axes of `x` that go with the batch axes of `lengths`, in
             that order. The default is the first ones other than `axis`.
 
@@ -257,7 +259,5 @@ def reverse_segment_order(
     ends = packed_ends(segments.values, blocks * x.shape[segments.axis])
     starts = jnp.concatenate([jnp.zeros_like(ends[..., :1]), ends[..., :-1]], -1)
     flipped = jnp.flip(ends - starts, -1)
-    out = on_whole_rows(
-        _reverse_order, x, segments._replace(values=flipped), axis_name
-    )
+    out = on_whole_rows(_reverse_order, x, segments._replace(values=flipped), axis_name)
     return out, flipped.astype(segments.values.dtype)

@@ -97,7 +97,9 @@ def as_padding_value(name: str, dtype: DTypeLike, value: Any) -> jax.Array:
     if isinstance(value, np.generic):
         value = value.item()  # Only the value counts, as it does for a Python scalar.
     try:
-        fits = jnp.result_type(dtype, value) == dtype
+        # Extended dtypes, those of keys, take part in no promotion.
+        given = getattr(value, "dtype", None)
+        fits = given == dtype or jnp.result_type(dtype, value) == dtype
         if fits and jnp.issubdtype(dtype, jnp.integer) and isinstance(value, int):
             fits = jnp.iinfo(dtype).min <= value <= jnp.iinfo(dtype).max
     except (TypeError, ValueError, OverflowError):
@@ -107,7 +109,7 @@ def as_padding_value(name: str, dtype: DTypeLike, value: Any) -> jax.Array:
             f"{name}: padding_value is {value!r}, which x with dtype {dtype} cannot "
             f"hold; use a scalar of dtype {dtype}, or convert x first."
         )
-    return jnp.asarray(value, dtype)
+    return value if given == dtype else jnp.asarray(value, dtype)
 
 
 def _integer(name: str, argument: str, value: Any) -> int:
@@ -343,8 +345,8 @@ def ids(
     if values.shape[-1] != x.shape[axis]:
         raise ValueError(
             f"{name}: segment_ids has shape {values.shape}, but axis {axis} of x "
-            f"(shape {x.shape}) has size {x.shape[axis]}; the last axis of segment_ids needs "
-            "one id for each position."
+            f"(shape {x.shape}) has size {x.shape[axis]}; the last axis of "
+            "segment_ids needs one id for each position."
         )
     if padding_id is not None:
         padding_id = _integer(name, "padding_id", padding_id)
