@@ -89,6 +89,9 @@ def reverse_sequence(
             order. The default is the first ones other than `axis`.
         padding_value: Scalar that is written to the padding; `x` gets no gradient
             there. The default keeps the padding.
+        axis_name: Inside `jax.shard_map`, the mesh axis, or a tuple of them, over which
+            the segment axis is sharded. `x` is then the local block, and `lengths` still
+            count from the start of the whole axis.
 
     Returns:
         Array of the shape and dtype of `x`.
@@ -160,6 +163,9 @@ def reverse_segments(
             in that order. The default is the first ones other than `axis`.
         padding_value: Scalar that is written to the padding; `x` gets no gradient
             there. The default keeps the padding.
+        axis_name: Inside `jax.shard_map`, the mesh axis, or a tuple of them, over which
+            the segment axis is sharded. `x` and `segment_ids` are then local blocks;
+            `lengths` and `cu_seqlens` still describe the whole axis.
 
     Returns:
         Array of the shape and dtype of `x`.
@@ -233,6 +239,9 @@ def reverse_segment_order(
             axes.
         batch_axis: The axis or axes of `x` that go with the batch axes of `lengths`, in
             that order. The default is the first ones other than `axis`.
+        axis_name: Inside `jax.shard_map`, the mesh axis, or a tuple of them, over which
+            the segment axis is sharded. `x` is then the local block, and `lengths` still
+            count from the start of the whole axis.
 
     Returns:
         The array, of the shape and dtype of `x`, and the lengths of its segments, of

@@ -11,6 +11,7 @@ from jax.typing import ArrayLike
 
 from jax_revseg._api import reverse_sequence
 from jax_revseg._layout import BatchAxis, as_array, padded
+from jax_revseg._sequence import AxisName, axis_size
 
 
 def _concatenate(forward: Any, backward: Any) -> Any:
@@ -39,9 +40,10 @@ def bidirectional(
         merge: Function of the two results. The default concatenates the last axes.
 
     Returns:
-        A function `run(x, lengths, *, axis=None, batch_axis=None)`. Its `x` is an array
-        or a pytree of arrays; its other arguments are those of `reverse_sequence`, and
-        it raises what that raises.
+        A function `run(x, lengths, *, axis=None, batch_axis=None, axis_name=None)`. Its
+        `x` is an array or a pytree of arrays; its other arguments are those of
+        `reverse_sequence`, and it raises what that raises. With `axis_name`, `forward`
+        and `backward` get local blocks and must pass their state between devices.
 
     Example:
         >>> import jax.numpy as jnp
@@ -63,6 +65,7 @@ def bidirectional(
         *,
         axis: int | None = None,
         batch_axis: BatchAxis = None,
+        axis_name: AxisName | None = None,
     ) -> Any:
         leaves = [as_array("bidirectional", leaf) for leaf in jax.tree.leaves(x)]
         if not leaves:
@@ -72,7 +75,8 @@ def bidirectional(
             )
         # The outputs may have another rank than x, so that an axis counted from the end
         # would be another one.
-        segments = padded("bidirectional", leaves[0], lengths, axis, batch_axis)
+        blocks = axis_size("bidirectional", axis_name)
+        segments = padded("bidirectional", leaves[0], lengths, axis, batch_axis, blocks)
 
         def reverse(tree: Any) -> Any:
             return jax.tree.map(
@@ -81,6 +85,7 @@ def bidirectional(
                     segments.values,
                     axis=segments.axis,
                     batch_axis=segments.batch_axes,
+                    axis_name=axis_name,
                 ),
                 tree,
             )

@@ -96,9 +96,9 @@ def as_padding_value(name: str, dtype: DTypeLike, value: Any) -> jax.Array:
         )
     if isinstance(value, np.generic):
         value = value.item()  # Only the value counts, as it does for a Python scalar.
+    given = getattr(value, "dtype", None)
     try:
         # Extended dtypes, those of keys, take part in no promotion.
-        given = getattr(value, "dtype", None)
         fits = given == dtype or jnp.result_type(dtype, value) == dtype
         if fits and jnp.issubdtype(dtype, jnp.integer) and isinstance(value, int):
             fits = jnp.iinfo(dtype).min <= value <= jnp.iinfo(dtype).max
@@ -109,7 +109,7 @@ def as_padding_value(name: str, dtype: DTypeLike, value: Any) -> jax.Array:
             f"{name}: padding_value is {value!r}, which x with dtype {dtype} cannot "
             f"hold; use a scalar of dtype {dtype}, or convert x first."
         )
-    return value if given == dtype else jnp.asarray(value, dtype)
+    return jnp.asarray(value) if given == dtype else jnp.asarray(value, dtype)
 
 
 def _integer(name: str, argument: str, value: Any) -> int:

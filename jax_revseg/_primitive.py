@@ -54,16 +54,38 @@ def _check(x, segments, axis, batch_axes, layout):
         )
 
 
-def _merged_spec(x, segments, axis, batch_axes):
+def _sharded_axis_remedy(x, axis, batch_axes, layout, padding_id):
+    """Three lines that reverse an x whose segment axis is sharded."""
+    spec = x.sharding.spec
+    rows = [spec[a] for a in batch_axes]
+    rows += {"padded": [], "packed": [None], "ids": [spec[axis]]}[layout]
+    call = {
+        "padded": "reverse_sequence(x, lengths",
+        "packed": "reverse_segments(x, lengths",
+        "ids": f"reverse_segments(x, segment_ids=ids, padding_id={padding_id}",
+    }[layout]
+    operand = "ids" if layout == "ids" else "lengths"
+    axes = f"axis={axis}, batch_axis={batch_axes}, axis_name={spec[axis]!r}"
+    return (
+        f"    mesh, spec, rows = jax.typeof(x).sharding.mesh, jax.P{tuple(spec)}, "
+        f"jax.P{tuple(rows)}\n"
+        f"    local = jax.shard_map(lambda x, {operand}: {call}, {axes}), "
+        "mesh=mesh, in_specs=(spec, rows), out_specs=spec)\n"
+        "    out = jax.jit(lambda x, rest: local(x, jax.sharding.reshard(rest, "
+        f"jax.NamedSharding(mesh, rows))))(x, {operand})\n"
+    )
+
+
+def _merged_spec(x, segments, axis, batch_axes, **layout):
     """Gives the batch axes the sharding of x and of the segments, as `add` would."""
     spec = list(x.sharding.spec)
     if spec[axis] is not None:
         raise ValueError(
             f"reverse_segments: axis {axis} of x, the segment axis, is sharded over "
             f"mesh axis {spec[axis]!r}; a reversal along a sharded axis needs data of "
-            "other devices. Either replicate that axis first, with "
-            "jax.sharding.reshard, or call inside jax.shard_map with "
-            f"axis_name={spec[axis]!r}."
+            "other devices. Replicate that axis first, with jax.sharding.reshard, or "
+            f"keep it sharded and exchange blocks, with axis_name={spec[axis]!r}:\n"
+            + _sharded_axis_remedy(x, axis, batch_axes, **layout)
         )
     for i, name in enumerate(segments.sharding.spec):
         if name is None:
@@ -96,7 +118,9 @@ def _reverse_segments_abstract_eval(
             f"reverse_segments_p: segments vary over manual mesh axes {set(missing)} "
             "and x does not; mark x with jax.lax.pcast(..., to='varying') first."
         )
-    spec = _merged_spec(x, segments, axis, batch_axes)
+    spec = _merged_spec(
+        x, segments, axis, batch_axes, layout=layout, padding_id=padding_id
+    )
     if spec == tuple(x.sharding.spec):
         return x.update()
     mesh = (segments if x.sharding.mesh.empty else x).sharding.mesh

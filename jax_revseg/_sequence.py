@@ -33,9 +33,9 @@ def axis_size(name: str, axis_name: AxisName | None) -> int:
         return lax.axis_size(axis_name)
     except NameError:
         raise ValueError(
-            f"{name}: axis_name is {axis_name!r}, but no such axis is mapped here; call "
-            "inside jax.shard_map over a mesh that has it, or leave axis_name out where "
-            "the segment axis is not sharded."
+            f"{name}: axis_name is {axis_name!r}, but no such axis is mapped here; "
+            "call inside jax.shard_map over a mesh that has it, or leave axis_name out "
+            "where the segment axis is not sharded."
         ) from None
 
 
@@ -78,9 +78,7 @@ def on_whole_rows(
         row = batch_axes.index(cut)
         values = _pad(values, row, devices)
         if layout == "ids":
-            values = lax.all_to_all(
-                values, axis_name, row, values.ndim - 1, tiled=True
-            )
+            values = lax.all_to_all(values, axis_name, row, values.ndim - 1, tiled=True)
         else:
             rows = values.shape[row] // devices
             first = lax.axis_index(axis_name) * rows
