@@ -20,6 +20,7 @@ from jax.typing import DTypeLike
 from jax_revseg._lowering import position_dtype, widen
 
 BatchAxis = int | Sequence[int] | None
+Integers = ArrayLike | Sequence[Any]  # Lists, nested or not, which ArrayLike leaves out.
 
 
 class Segments(NamedTuple):
@@ -65,8 +66,11 @@ def as_integers(name: str, argument: str, values: Any) -> np.ndarray | jax.Array
             values = np.asarray(values)
         except (ValueError, OverflowError) as error:
             raise ValueError(f"{name}: {argument} is not an array: {error}") from error
-        if values.size == 0 and values.dtype == np.float64:  # An empty list.
-            values = values.astype(np.int32)
+        if values.dtype == np.float64:
+            # So is an empty list, and one of 1 and 2**63: let the elements decide.
+            elements = np.asarray(given, object)
+            if all(isinstance(element, int) for element in elements.flat):
+                values = elements
         dtype = values.dtype
         if dtype.kind == "O" and all(isinstance(v, int) for v in values.flat):
             return values  # Python integers past 64 bits: out of range, said later.
