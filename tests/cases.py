@@ -122,7 +122,7 @@ def random_bits(
 ) -> np.ndarray:
     """Values of any dtype by their bits, with special floats where there is room."""
     kind = jnp.dtype(dtype)
-    if kind == bool:
+    if kind == np.bool_:
         return rng.integers(0, 2, shape).astype(bool)
     x = np.frombuffer(rng.bytes(int(np.prod(shape)) * kind.itemsize), np.uint8)
     x = x & np.uint8((1 << min(bit_width(kind), 8)) - 1)  # int4 lies in a byte.
@@ -141,7 +141,7 @@ def random_bits(
 
 def bit_width(dtype: Any) -> int:
     dtype = jnp.dtype(dtype)
-    if dtype == bool:
+    if dtype == np.bool_:
         return 8
     if jnp.issubdtype(dtype, jnp.complexfloating):
         return 8 * dtype.itemsize

@@ -1,0 +1,259 @@
+"""Bad input raises what is documented: argument, values, and what to do instead.
+
+Each pattern holds the argument's name and both values that disagree. A test that fails
+leaves a user with a wrong result, or with an error that does not help.
+"""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jax_revseg import (
+    pack_segments,
+    reverse_segment_order,
+    reverse_segments,
+    reverse_segments_p,
+    reverse_sequence,
+    unpack_segments,
+)
+from tests.cases import Case, assert_same_bits, enable_x64
+
+X = np.arange(12, dtype=np.float32).reshape(3, 4)
+I8 = np.zeros((2, 4), np.int8)
+seq, seg, order = reverse_sequence, reverse_segments, reverse_segment_order
+
+# One line each: what is called, and what it says.
+TYPE_ERRORS = (
+    # What x may be.
+    (lambda: seq([1, 2], 1), r"x must be an array, but has type list.*asarray"),
+    (lambda: seq({"a": X}, 1), r"x must be an array, but has type dict.*tree\.map"),
+    (lambda: seq(None, 1), r"x must be an array, but has type NoneType"),
+    (lambda: seg(3.0, [1]), r"x must be an array, but has type float"),
+    (lambda: order("abc", [1]), r"x must be an array, but has type str"),
+    # What lengths may be.
+    (lambda: seq(X, np.ones(3, bool)), r"lengths has dtype bool.*segment_ids=mask"),
+    (lambda: seq(X, [True] * 3), r"lengths has dtype bool.*padding_id=0"),
+    (lambda: seq(X, jnp.ones(3, bool)), r"lengths has dtype bool.*integers"),
+    (lambda: seq(X, [1.0, 2, 3]), r"lengths has dtype float64.*integers.*astype\(int"),
+    (lambda: seq(X, jnp.ones(3)), r"lengths has dtype float32.*integers"),
+    (lambda: seq(X, 1j), r"lengths has dtype complex128.*integers"),
+    (lambda: seq(X, None), r"lengths is None of type NoneType.*integers"),
+    (lambda: seq(X, "abc"), r"lengths is 'abc' of type str.*integers"),
+    (lambda: seq(X, [1, None, 2]), r"lengths is \[1, None, 2\] of type list"),
+    (lambda: seg(X, segment_ids=X), r"segment_ids has dtype float32.*integers"),
+    (lambda: seg(X, cu_seqlens=[0.0]), r"cu_seqlens has dtype float64.*integers"),
+    (lambda: order(X, [[1.0]] * 3), r"lengths has dtype float64.*integers"),
+    # What axes may be.
+    (lambda: seq(X, [1] * 3, axis=1.0), r"axis is 1\.0 of type float; use an int"),
+    (lambda: seq(X, [1] * 3, axis="1"), r"axis is '1' of type str; use an int"),
+    (lambda: seq(X, [1] * 3, batch_axis=0.0), r"batch_axis is 0\.0 of type float"),
+    (lambda: seq(X, [1] * 3, batch_axis=[None]), r"batch_axis is None of type"),
+    (
+        lambda: seg(X, segment_ids=[[0] * 4] * 3, padding_id=0.5),
+        r"padding_id is 0\.5 of type float; use an int",
+    ),
+    # What fits into the dtype of x.
+    (lambda: seq(I8, [1] * 2, padding_value=128), r"padding_value is 128.*dtype int8"),
+    (lambda: seq(I8, [1] * 2, padding_value=-129), r"padding_value is -129.*int8"),
+    (lambda: seq(I8, [1] * 2, padding_value=1.0), r"padding_value is 1\.0.*dtype int8"),
+    (lambda: seq(X, [1] * 3, padding_value=1j), r"padding_value is 1j.*dtype float32"),
+    (
+        lambda: seq(X, [1] * 3, padding_value=[0.0]),
+        r"padding_value is \[0\.0\].*shape",
+    ),
+    (lambda: seq(X, [1] * 3, padding_value="0"), r"padding_value is '0'.*scalar"),
+    (lambda: seq(X > 0, [1] * 3, padding_value=1), r"padding_value is 1.*dtype bool"),
+    (
+        lambda: seq(I8, [1] * 2, padding_value=jnp.int32(1)),
+        r"padding_value is Array\(1, dtype=int32\).*dtype int8",
+    ),
+    (
+        lambda: seq(jax.random.split(jax.random.key(0)), 1, padding_value=0),
+        r"padding_value is 0, .*key<fry>",
+    ),
+    (
+        lambda: pack_segments(X, [1], max_length=1.5),
+        r"max_length is 1\.5 of type float",
+    ),
+    (lambda: pack_segments(X, [1.5], max_length=1), r"lengths has dtype float64"),
+    (
+        lambda: pack_segments(X, [1], max_length=1, padding_value=1j),
+        r"padding_value is 1j.*float32",
+    ),
+    (
+        lambda: unpack_segments(X, [1] * 3, total_length=None),
+        r"total_length is None of type NoneType",
+    ),
+)
+VALUE_ERRORS = (
+    # Rank and shape.
+    (lambda: seq(np.float32(1), 1), r"x has rank 0.*at least 1 axis.*x\[None\]"),
+    (lambda: seq(jnp.ones(()), 1), r"x has rank 0 \(shape \(\)\)"),
+    (lambda: seq(X, [1, 2]), r"\(3,\).*lengths has \(2,\)"),
+    (lambda: seq(X, [[1, 2], [3]]), r"lengths is not an array.*inhomogeneous"),
+    (
+        lambda: seq(X, [[1] * 4] * 3),
+        r"lengths has shape \(3, 4\) and x has shape.*3.*2",
+    ),
+    (lambda: seq(X[0], [[1]]), r"lengths has shape \(1, 1\) and x has shape \(4,\)"),
+    (lambda: seq(X, [[1] * 4] * 3, axis=0), r"lengths has shape \(3, 4\).*x.*\(3, 4\)"),
+    (lambda: seg(X, 1), r"lengths has shape \(\).*at least 1 axis.*reverse_sequence"),
+    (lambda: seg(X, [[1], [1]]), r"\(3,\).*lengths has \(2,\)"),
+    (lambda: order(X, [[1], [1]]), r"\(3,\).*lengths has \(2,\)"),
+    (
+        lambda: seg(X, segment_ids=[[0] * 5] * 3),
+        r"segment_ids has shape \(3, 5\).*axis 1 of x \(shape \(3, 4\)\) has size 4",
+    ),
+    (
+        lambda: seg(X, cu_seqlens=np.zeros((3, 0), int)),
+        r"cu_seqlens has shape \(3, 0\).*at least 1 entry",
+    ),
+    # Axes.
+    (lambda: seq(X, [1] * 3, axis=2), r"axis is 2, but x has rank 2.*from -2 to 1"),
+    (lambda: seq(X, [1] * 3, axis=-3), r"axis is -3, but x has rank 2"),
+    (lambda: seq(X, [1] * 3, batch_axis=5), r"batch_axis is 5, but x has rank 2"),
+    (
+        lambda: seq(X, [1] * 3, batch_axis=(0, 0)),
+        r"batch_axis \(0, 0\) names 2.*\(3,\)",
+    ),
+    (lambda: seq(X, 1, batch_axis=0), r"batch_axis 0 names 1 axes.*0 batch axes"),
+    (
+        lambda: seq(X, [1] * 3, axis=0, batch_axis=-2),
+        r"batch_axis -2 and axis 0 must name different",
+    ),
+    (
+        lambda: seq(X[None], np.ones((3, 3), int), batch_axis=(1, 1)),
+        r"batch_axis \(1, 1\) and axis 2 must name different",
+    ),
+    # One encoding.
+    (lambda: seg(X), r"got none of lengths, segment_ids, cu_seqlens.*exactly one"),
+    (lambda: seg(X, [[4]] * 3, cu_seqlens=[0]), r"got lengths and cu_seqlens of"),
+    (lambda: seg(X, [[4]] * 3, padding_id=7), r"padding_id is 7.*by lengths"),
+    (
+        lambda: seg(X, segment_ids=jnp.zeros((3, 4), jnp.int8), padding_id=200),
+        r"padding_id is 200, but segment_ids has dtype int8.*-128 to 127",
+    ),
+    (
+        lambda: seq(X, [1] * 3, padding_value=jnp.ones(2)),
+        r"padding_value has shape \(2,\).*\(\)",
+    ),
+    (lambda: seq(X, [1] * 3, axis_name="i"), r"axis_name is 'i'.*shard_map"),
+    # Packing.
+    (lambda: pack_segments(X, [[1]], max_length=2), r"lengths has rank 2.*rank 1"),
+    (lambda: pack_segments(X, [1], max_length=-1), r"max_length is -1.*0 or more"),
+    (lambda: pack_segments(X, [2, 2], max_length=2), r"lengths\.sum\(-1\) is 4.*3"),
+    (lambda: pack_segments(X, [-1], max_length=2), r"lengths\[0\] is -1.*negative"),
+    (lambda: unpack_segments(X[0], [1], total_length=1), r"lengths.*\(1,\).*x.*\(4,\)"),
+    (lambda: unpack_segments(X, [1], total_length=1), r"lengths.*\(1,\).*x.*\(3, 4\)"),
+    (lambda: unpack_segments(X, 1, total_length=1), r"lengths has rank 0.*rank 1"),
+    (
+        lambda: unpack_segments(X, [1, 9, 1], total_length=5),
+        r"steps number 6.*total_length is 5",
+    ),
+    (
+        lambda: unpack_segments(X, [1, -2, 1], total_length=5),
+        r"lengths\[1\] is -2.*negative",
+    ),
+)
+
+# Values on the host; x is X but for the last ones.
+HOST_VALUES = (
+    (lambda x: seq(x, [1, 5, 9]), r"lengths\[1\] is 5, .*between 0 and 4.*axis 1"),
+    (lambda x: seq(x, (4, 4, -1)), r"lengths\[2\] is -1, .*between 0 and 4"),
+    (lambda x: seq(x, np.array([0, 0, 200], np.uint8)), r"lengths\[2\] is 200"),
+    (lambda x: seq(x, [0, 2**70, 0]), r"lengths\[1\] is 1180591620717411303424.*4"),
+    (lambda x: seq(x, [2**64 - 1, 0, 0]), r"lengths\[0\] is 18446744073709551615"),
+    (lambda x: seq(x[0], 5), r"lengths is 5, but must lie between 0 and 4"),
+    (lambda x: seq(x[0], np.int8(-1)), r"lengths is -1"),
+    (lambda x: seq(x[:, :0], [0, 1, 0]), r"lengths\[1\] is 1, .*between 0 and 0"),
+    (lambda x: seq(x, [[0] * 4, [1] * 4, [2] * 4], axis=0), r"lengths has shape"),
+    (lambda x: seg(x, [[1, 1], [3, 2], [4, 0]]), r"lengths\.sum\(-1\)\[1\] is 5.*4"),
+    (lambda x: seg(x, [[1, 1], [5, -1], [4, 0]]), r"lengths\[1, 1\] is -1.*negative"),
+    (lambda x: seg(x[0], [2**62] * 4), r"lengths\.sum\(-1\) is 18446744073709551616"),
+    (lambda x: seg(x, np.full((3, 2), 100, np.int8)), r"sum\(-1\)\[0\] is 200.*4"),
+    (lambda x: order(x, [[4], [4], [5]]), r"lengths\.sum\(-1\)\[2\] is 5.*4"),
+    (lambda x: seg(x[0], cu_seqlens=[1, 2]), r"cu_seqlens\[0\] is 1.*must be 0"),
+    (lambda x: seg(x[0], cu_seqlens=[0, 3, 2]), r"cu_seqlens\[2\] is 2.*offset before"),
+    (lambda x: seg(x[0], cu_seqlens=[0, 3, 5]), r"cu_seqlens\[2\] is 5.*pass 4"),
+    (
+        lambda x: seg(x[0], cu_seqlens=np.array([0, 3, 2], np.uint8)),
+        r"cu_seqlens\[2\] is 2.*offset before",
+    ),
+)
+
+
+@pytest.mark.parametrize("call, pattern", TYPE_ERRORS)
+def test_type_errors(call, pattern):
+    with pytest.raises(TypeError, match=f"(?s){pattern}"):
+        call()
+
+
+@pytest.mark.parametrize("call, pattern", VALUE_ERRORS)
+def test_value_errors(call, pattern):
+    with pytest.raises(ValueError, match=f"(?s){pattern}"):
+        call()
+
+
+@pytest.mark.parametrize("call, pattern", HOST_VALUES)
+def test_host_values(call, pattern):
+    """Values that are known are checked, however the function is called."""
+    for transform in (lambda f: f, jax.jit, jax.vmap, jax.grad):
+        x = X[None] if transform is jax.vmap else X
+        run = transform(lambda x: jnp.sum(call(x)[0]))
+        with pytest.raises(ValueError, match=f"(?s){pattern}"):
+            run(x)
+
+
+def test_names_the_function():
+    """The message does not say which function was called."""
+    for function in (reverse_sequence, reverse_segments, reverse_segment_order):
+        with pytest.raises(TypeError, match=f"^{function.__name__}: x must"):
+            function([1], [1])
+
+
+@pytest.mark.parametrize("layout", ("padded", "packed", "offsets"))
+def test_device_values_are_cut(layout):
+    """A length that is not known is refused, waited for, or reads past the axis."""
+    case = Case("cut", (6, 5), layout=layout, lengths="over")
+    x, segments = case.x(), case.segments()
+    assert (segments < 0).any() and (segments > case.size).any()
+    expected = case.expected(x, segments)
+    assert_same_bits(case.call(x, jnp.asarray(segments)), expected)
+    outs = jax.jit(
+        lambda x, s: (case.call(x, s), jax.vmap(case.call)(x[None], s[None]))
+    )
+    direct, mapped = outs(x, segments)
+    assert_same_bits(direct, expected)
+    assert_same_bits(mapped[0], expected)
+
+
+def test_uint64_lengths():
+    """A length of 2**63 or more is cut to a negative one, or to its lower bits."""
+    with enable_x64():
+        x = np.arange(5)
+        for length in (2**31, 2**32 + 1, 2**63, 2**64 - 1):
+            lengths = jnp.asarray(np.array(length, np.uint64))
+            assert_same_bits(reverse_sequence(x, lengths), x[::-1])
+            lengths = jnp.asarray(np.array([2, length, 1], np.uint64))
+            assert_same_bits(reverse_segments(x, lengths), x[[1, 0, 4, 3, 2]])
+
+
+BINDS = (
+    (ValueError, dict(layout="dense"), (3,), r"layout is 'dense'.*padded"),
+    (ValueError, dict(axis=2), (3,), r"axis 2 and batch_axes \(0,\).*rank 2"),
+    (ValueError, dict(axis=0), (3,), r"axis 0 and batch_axes \(0,\).*different"),
+    (ValueError, dict(batch_axes=()), (3,), r"segments has shape \(3,\).*needs \(\)"),
+    (ValueError, dict(layout="packed"), (3,), r"shape \(3,\).*needs \(3, 'K'\)"),
+    (ValueError, dict(layout="ids"), (3, 5), r"shape \(3, 5\).*needs \(3, 4\)"),
+    (TypeError, {}, None, r"segments has dtype float32; use integers"),
+)
+
+
+@pytest.mark.parametrize("error, params, shape, pattern", BINDS)
+def test_primitive(error, params, shape, pattern):
+    """The primitive, which is public, is bound to what its lowering cannot take."""
+    segments = jnp.ones(3) if shape is None else jnp.ones(shape, jnp.int32)
+    params = dict(axis=1, batch_axes=(0,), layout="padded") | params
+    with pytest.raises(error, match=f"(?s)reverse_segments_p: .*{pattern}"):
+        reverse_segments_p.bind(jnp.asarray(X), segments, **params)

@@ -1,0 +1,80 @@
+"""Every segmentation of every axis of up to 9 steps, in every encoding."""
+
+import itertools
+
+import jax
+import numpy as np
+import pytest
+
+from jax_revseg import (
+    _reference,
+    reverse_segment_order,
+    reverse_segments,
+    reverse_sequence,
+)
+from tests.cases import assert_same_bits
+
+
+def segmentations(size):
+    """Every list of segments, none empty, of sum `size` or less: 2**size of them."""
+    for used in range(size + 1):
+        # Between any two steps that are used there is a boundary or there is none.
+        for cuts in itertools.product((False, True), repeat=max(used - 1, 0)):
+            at = [0, *(i + 1 for i, cut in enumerate(cuts) if cut), used]
+            yield [b - a for a, b in itertools.pairwise(at)] if used else []
+
+
+def encodings(size):
+    """One row for each segmentation: packed lengths, ids, offsets."""
+    rows = list(segmentations(size))
+    lengths = np.zeros((len(rows), size + 2), np.int32)  # Two are empty, at least.
+    ids = np.zeros((len(rows), size), np.int32)
+    for n, row in enumerate(rows):
+        # Empty segments lie at the end in one row, between the others in the next.
+        step = 1 if n % 2 or 2 * len(row) > size + 1 else 2
+        lengths[n, step - 1 : step - 1 + step * len(row) : step] = row
+        # Two segments that touch have different ids, and may well be equal to others.
+        ids[n, : sum(row)] = np.repeat(1 + np.arange(len(row)) % 2, row)
+    offsets = np.concatenate([np.zeros_like(lengths[:, :1]), lengths.cumsum(1)], 1)
+    return lengths, ids, offsets.astype(np.int32)
+
+
+@pytest.mark.parametrize("size", range(1, 10))
+def test_every_segmentation(size):
+    """Some arrangement of boundaries, neighbours and tail is reversed wrongly."""
+    lengths, ids, offsets = encodings(size)
+    assert len(lengths) == 2**size
+    assert len(np.unique(ids, axis=0)) == 2**size  # No row is tried twice.
+    x = np.arange(lengths.shape[0] * size, dtype=np.int32).reshape(-1, size)
+    every_length = np.arange(size + 1, dtype=np.int32)
+    of_x = x[: size + 1]
+
+    @jax.jit  # One program, since compiling is what takes the time.
+    def run(x, lengths, ids, offsets, every_length):
+        return (
+            reverse_segments(x, lengths),
+            reverse_segments(x, cu_seqlens=offsets),
+            reverse_segments(x, segment_ids=ids, padding_id=0),
+            reverse_segments(x, segment_ids=ids),
+            reverse_sequence(x[: size + 1], every_length),
+            reverse_segment_order(x, lengths),
+        )
+
+    packed, by_offsets, by_ids, tail_too, padded, order = run(
+        x, lengths, ids, offsets, every_length
+    )
+    axes = dict(axis=1, batch_axes=(0,))
+    expected = _reference.reverse(x, lengths, layout="packed", **axes)
+    assert_same_bits(packed, expected)
+    assert_same_bits(by_offsets, expected)
+    assert_same_bits(by_ids, expected)
+    # Without a padding_id, the tail is one more segment.
+    tail = size - lengths.sum(1, keepdims=True)
+    expected = _reference.reverse(x, np.c_[lengths, tail], layout="packed", **axes)
+    assert_same_bits(tail_too, expected)
+    expected = _reference.reverse(of_x, every_length, layout="padded", **axes)
+    assert_same_bits(padded, expected)
+    for out, expected in zip(
+        order, _reference.reverse_order(x, lengths, **axes), strict=True
+    ):
+        assert_same_bits(out, expected)

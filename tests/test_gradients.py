@@ -1,0 +1,179 @@
+"""Every derivative is the reversal itself, on the tangent or on the cotangent."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.experimental.jet import jet
+from jax.test_util import check_grads
+
+from jax_revseg import reverse_segment_order, reverse_sequence
+from tests.cases import LAYOUTS, SMALL, Case, assert_same_bits, enable_x64, random_bits
+
+by_name = functools.partial(pytest.mark.parametrize, ids=lambda case: case.name)
+
+# Different axes in each, and each kind of float.
+GROUP = (
+    *SMALL,
+    *(
+        Case(f"{layout}-{dtype}", (7, 3, 4), dtype, layout, axis=0, batch_axes=(2,))
+        for layout, dtype in zip(
+            LAYOUTS, ("bfloat16", "float16", "complex64", "float8_e4m3fn"), strict=True
+        )
+    ),
+    Case("all-cut", (4, 7, 2), layout="packed", lengths="over"),
+)
+
+
+def test_values():
+    """A derivative is another permutation, is summed, or its bits change."""
+    rng = np.random.default_rng(0)
+    xs, segments = [c.x() for c in GROUP], [c.segments() for c in GROUP]
+    # Also NaNs with payloads: nothing may be multiplied by 0 or by 1, or added.
+    others = [random_bits(rng, c.shape, c.dtype) for c in GROUP]
+
+    @jax.jit  # One program, since compiling is what takes the time.
+    def run(xs, segments, others):
+        outs = []
+        for case, x, s, other in zip(GROUP, xs, segments, others, strict=True):
+            reverse = functools.partial(case.call, segments=s)
+            out, pullback = jax.vjp(reverse, x)
+            (transposed,) = jax.linear_transpose(reverse, x)(other)
+            _, pushed = jax.jvp(reverse, (x,), (other,))
+            _, pushforward = jax.linearize(reverse, x)
+            outs.append((out, *pullback(other), transposed, pushed, pushforward(other)))
+        return outs
+
+    for case, x, s, other, (out, *derivatives) in zip(
+        GROUP, xs, segments, others, run(xs, segments, others), strict=True
+    ):
+        assert_same_bits(out, case.expected(x, s), case.name)
+        for derivative in derivatives:
+            assert_same_bits(derivative, case.expected(other, s), case.name)
+
+
+def test_padding_value():
+    """Gradient flows into overwritten padding, or not into what overwrote it."""
+    xs, segments = [c.x() for c in SMALL], [c.segments() for c in SMALL]
+    cotangents = [
+        np.random.default_rng(0).integers(1, 9, c.shape).astype(c.dtype) for c in SMALL
+    ]
+
+    @jax.jit
+    def run(xs, segments, cotangents):
+        return [
+            jax.vjp(lambda x, v, c=c, s=s: c.call(x, s, padding_value=v), x, 2.0)[1](ct)
+            for c, x, s, ct in zip(SMALL, xs, segments, cotangents, strict=True)
+        ]
+
+    for case, s, ct, (to_x, to_value) in zip(
+        SMALL, segments, cotangents, run(xs, segments, cotangents), strict=True
+    ):
+        is_padding = case.expected(np.zeros_like(ct), s, padding_value=1) == 1
+        assert is_padding.any()
+        np.testing.assert_array_equal(to_x, case.expected(ct, s, padding_value=0))
+        np.testing.assert_array_equal(to_value, ct[is_padding].sum())
+
+
+def test_to_second_order():
+    """The derivatives disagree with finite differences, in one of the modes."""
+    with enable_x64():
+        x = np.random.default_rng(0).standard_normal((2, 7, 2))
+        segments = [jnp.asarray(case.segments()[:2]) for case in SMALL]
+
+        @jax.jit  # Not linear in x, so that second derivatives are not all zero.
+        def f(x):
+            outs = map(lambda case, s: case.call(jnp.sin(x), s), SMALL, segments)
+            return sum(outs) * x
+
+        check_grads(f, (x,), order=2, modes=("fwd", "rev"))
+
+
+@by_name("case", SMALL)
+def test_jacobians(case):
+    """A Jacobian is not the permutation's matrix, or a second derivative is not 0."""
+    segments = case.segments()[:1]
+    x = np.arange(7, dtype=np.float32)[None]
+    row = case.expected(np.arange(7)[None], segments)[0]
+    matrix = np.eye(7, dtype=np.float32)[row]
+
+    @jax.jit
+    def run(x, segments):
+        def f(x):
+            return case.call(x[None], segments)[0]
+
+        def squares(x):  # sum of x[i] * x[p[i]]: its Hessian is P + P transposed.
+            return f(x) @ x
+
+        return jax.jacfwd(f)(x), jax.jacrev(f)(x), jax.hessian(squares)(x)
+
+    forward, backward, hessian = run(x[0], segments)
+    assert_same_bits(forward, matrix)
+    assert_same_bits(backward, matrix)
+    assert_same_bits(hessian, matrix + matrix.T)
+
+
+@by_name("case", SMALL)
+def test_integers(case):
+    """Integer data, or lengths, have a gradient other than float0's nothing."""
+    x, segments = np.arange(56).reshape(4, 7, 2), jnp.asarray(case.segments())
+    nothing = np.zeros(x.shape, jax.dtypes.float0)
+    out, tangent = jax.jvp(lambda x: case.call(x, segments), (x,), (nothing,))
+    assert_same_bits(out, case.expected(out.dtype.type(x), case.segments()))
+    assert tangent.dtype == jax.dtypes.float0 and tangent.shape == x.shape
+    (ct,) = jax.vjp(lambda x: case.call(x, segments), x)[1](nothing)
+    assert ct.dtype == jax.dtypes.float0 and ct.shape == x.shape
+
+    def loss(x, segments):
+        return (case.call(x, segments) * jnp.arange(7.0)[:, None]).sum()
+
+    gradient = jax.grad(loss, (0, 1), allow_int=True)
+    to_x, to_segments = gradient(x.astype(np.float32), segments)
+    weights = np.broadcast_to(np.arange(7, dtype=np.float32)[:, None], x.shape)
+    assert_same_bits(to_x, case.expected(weights, case.segments()))
+    assert to_segments.dtype == jax.dtypes.float0
+    assert to_segments.shape == segments.shape
+
+
+def test_no_cotangent():
+    """The transpose rule cannot take that nothing depends on the result."""
+    x, lengths = jnp.arange(14.0).reshape(2, 7), jnp.array([3, 7])
+
+    @jax.custom_jvp
+    def drop(x):
+        return x.sum()
+
+    drop.defjvp(lambda primals, tangents: (drop(*primals), jnp.zeros(())))
+    gradient = jax.grad(lambda x: drop(reverse_sequence(x, lengths)))(x)
+    assert_same_bits(gradient, np.zeros((2, 7), np.float32))
+    out, pullback = jax.vjp(lambda x: (reverse_sequence(x, lengths), 2 * x), x)
+    (ct,) = pullback((jnp.zeros_like(out[0]), jnp.ones_like(x)))
+    assert_same_bits(ct, np.full((2, 7), 2, np.float32))
+
+
+def test_taylor_mode():
+    """Terms of a Taylor series are not reversed along with the value."""
+    x = np.random.default_rng(0).standard_normal((2, 7)).astype(np.float32)
+    lengths = np.array([3, 7])
+
+    def expected(x):
+        return np.stack([np.r_[x[0, 2::-1], x[0, 3:]], x[1, ::-1]])
+
+    terms = [6 * np.round(9 * x + k) for k in range(3)]  # jet divides by factorials.
+    out, series = jet(lambda x: reverse_sequence(x, lengths), (x,), (terms,))
+    assert_same_bits(out, expected(x))
+    for got, term in zip(series, terms, strict=True):
+        assert_same_bits(got, expected(term))
+
+
+def test_segment_order():
+    """The gradient of the order of segments is not the inverse permutation."""
+    cotangent = np.arange(6, dtype=np.float32)
+
+    def order(x):
+        return reverse_segment_order(x, jnp.array([1, 3]))[0]
+
+    (gradient,) = jax.jit(lambda ct: jax.vjp(order, jnp.zeros(6))[1](ct))(cotangent)
+    assert_same_bits(gradient, cotangent[[3, 0, 1, 2, 4, 5]])

@@ -1,0 +1,241 @@
+"""Every case of the table against the NumPy reference, bit for bit."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jax_revseg import (
+    _reference,
+    reverse_segment_order,
+    reverse_segments,
+    reverse_segments_p,
+    reverse_sequence,
+)
+from tests.cases import (
+    AXES,
+    BENCHMARKS,
+    CASES,
+    DTYPES,
+    KINDS,
+    LENGTHS_TYPES,
+    SMALL,
+    TYPES,
+    Case,
+    assert_same_bits,
+    enable_x64,
+)
+
+by_name = functools.partial(pytest.mark.parametrize, ids=lambda case: case.name)
+
+
+@pytest.mark.parametrize("group", (KINDS, AXES, TYPES, LENGTHS_TYPES))
+def test_jitted(group):
+    """Wrong under jit: a value moved to the wrong place, or its bits changed."""
+    # One program for all, since compiling is what takes the time.
+    with enable_x64():
+        xs = [case.x() for case in group]
+        segments = [case.segments() for case in group]
+        outs = jax.jit(
+            lambda xs, segments: [
+                case.call(x, s) for case, x, s in zip(group, xs, segments, strict=True)
+            ]
+        )(xs, segments)
+    for case, x, s, out in zip(group, xs, segments, outs, strict=True):
+        assert_same_bits(out, case.expected(x, s), case.name)
+
+
+@by_name("case", KINDS)
+def test_eager(case):
+    """Wrong when called at once, which takes a way of its own through the code."""
+    x, segments = case.x(), case.segments()
+    out = case.call(x, jnp.asarray(segments))
+    assert_same_bits(out, case.expected(x, segments))
+    if case.lengths != "over":  # The same values from the host.
+        assert_same_bits(case.call(x, segments), out)
+        assert_same_bits(case.call(x, segments.tolist()), out)
+
+
+@by_name("case", SMALL)
+def test_disable_jit(case):
+    """The primitive cannot run without jit, for instance because it calls itself."""
+    x, segments = case.x(), case.segments()
+    with jax.disable_jit():
+        out = case.call(x, jnp.asarray(segments))
+    assert_same_bits(out, case.expected(x, segments))
+
+
+def test_padding_value():
+    """Padding is not overwritten, something else is, or the bits of the rest change."""
+    group = [*KINDS, *TYPES]
+    with enable_x64():
+        # XLA computes `where` on small floats in wider ones, which quiets NaNs.
+        xs = [
+            x if x.dtype.kind != "V" and x.itemsize > 2 else np.where(x != x, np.ones_like(x), x)
+            for x in (case.x() for case in group)
+        ]
+        segments = [case.segments() for case in group]
+        ones = [np.ones((), x.dtype)[()] for x in xs]  # 1 fits every dtype.
+        outs, traced = jax.jit(
+            lambda *operands: tuple(
+                [
+                    case.call(x, s, padding_value=known if known is not None else value)
+                    for case, x, s, value in zip(group, *operands, strict=True)
+                ]
+                for known in (True, None)
+            )
+        )(xs, segments, ones)
+    for i, (case, x, s) in enumerate(zip(group, xs, segments, strict=True)):
+        expected = case.expected(x, s, padding_value=ones[i])
+        assert_same_bits(outs[i], expected, case.name)
+        assert_same_bits(traced[i], expected, f"{case.name}, traced")
+
+
+def test_keys():
+    """The hidden axis of a key array is taken for one of its axes."""
+    keys = jax.random.split(jax.random.key(0), (3, 5))
+    lengths = np.array([0, 3, 5])
+    expected = np.asarray(jax.random.key_data(keys)).copy()
+    expected[1, :3], expected[2] = expected[1, 2::-1], expected[2, ::-1]
+    for reverse in (reverse_sequence, jax.jit(reverse_sequence)):
+        out = reverse(keys, lengths)
+        assert out.dtype == keys.dtype
+        np.testing.assert_array_equal(jax.random.key_data(out), expected)
+    out = reverse_sequence(keys, lengths, padding_value=keys[2, 2])
+    expected[0] = expected[1, 3:] = np.asarray(jax.random.key_data(keys[2, 2]))
+    np.testing.assert_array_equal(jax.random.key_data(out), expected)
+
+
+def test_default_axes():
+    """The axes that are left out are not the documented ones."""
+    rng = np.random.default_rng(0)
+    x = rng.integers(0, 100, (3, 4, 5), np.int32)
+
+    def expected(segments, axis, *batch_axes, layout="padded"):
+        return _reference.reverse(
+            x, np.array(segments), axis=axis, batch_axes=batch_axes, layout=layout
+        )
+
+    one, row, plane = 2, [1, 4, 3], rng.integers(0, 6, (3, 4)).tolist()
+    for got, want in (
+        (reverse_sequence(x, one), expected(one, 0)),
+        (reverse_sequence(x, one, axis=-1), expected(one, 2)),
+        (reverse_sequence(x, row), expected(row, 1, 0)),
+        (reverse_sequence(x, row, axis=-1), expected(row, 2, 0)),
+        (reverse_sequence(x, plane), expected(plane, 2, 0, 1)),
+        (reverse_sequence(x, [3, 1, 0, 2], axis=0), expected([3, 1, 0, 2], 0, 1)),
+        (reverse_sequence(x, [3] * 5, axis=0, batch_axis=-1), expected([3] * 5, 0, 2)),
+        (
+            reverse_sequence(x, np.transpose(plane), axis=2, batch_axis=[1, -3]),
+            expected(np.transpose(plane), 2, 1, 0),
+        ),
+        (reverse_segments(x, [1, 2]), expected([1, 2], 0, layout="packed")),
+        (
+            reverse_segments(x, [[1, 2], [2, 2], [0, 3]]),
+            expected([[1, 2], [2, 2], [0, 3]], 1, 0, layout="packed"),
+        ),
+        (
+            reverse_segments(x, cu_seqlens=[0, 2, 3], axis=1),
+            expected([2, 1], 1, layout="packed"),
+        ),
+        (
+            reverse_segments(x, segment_ids=[4, 4, 9, 9], axis=1),
+            expected([4, 4, 9, 9], 1, layout="ids"),
+        ),
+        (
+            reverse_segments(x, segment_ids=plane),
+            expected(plane, 1, 0, layout="ids"),
+        ),
+    ):
+        assert_same_bits(got, want)
+
+
+@pytest.mark.parametrize("dtype", ("int4", "uint4", "int8", "uint64", "int64"))
+def test_host_lengths_of_any_dtype(dtype):
+    """Lengths from the host that their own dtype cannot compare or add up."""
+    x = np.arange(200, dtype=np.int32)
+    lengths = np.array([7, 0, 5], dtype)
+    expected = np.r_[x[6::-1], x[11:6:-1], x[12:]]
+    assert_same_bits(reverse_segments(x, lengths), expected)
+    assert_same_bits(reverse_segments(x, jnp.asarray(lengths)), expected)
+    assert_same_bits(reverse_segments(x, cu_seqlens=[0, 7, 7, 12]), expected)
+    if dtype == "int8":  # Their sum is more than an int8 holds.
+        lengths = np.array([100, 100], dtype)
+        expected = np.r_[x[99::-1], x[:99:-1]]
+        assert_same_bits(reverse_segments(x, lengths), expected)
+        assert_same_bits(reverse_segments(x, jnp.asarray(lengths)), expected)
+        assert_same_bits(reverse_sequence(x, lengths[0]), np.r_[x[99::-1], x[100:]])
+
+
+def test_ids_from_the_host_past_32_bits():
+    """Ids that differ only in bits that a device drops become one segment."""
+    x = np.arange(5, dtype=np.int32)
+    ids = np.array([1, 1, 1 + 2**32, 1 + 2**32, -(2**40)])
+    assert_same_bits(reverse_segments(x, segment_ids=ids), x[[1, 0, 3, 2, 4]])
+    out = reverse_segments(x, segment_ids=ids, padding_id=1 + 2**32)
+    assert_same_bits(out, x[[1, 0, 2, 3, 4]])
+
+
+def test_sums_that_wrap():
+    """A running sum of lengths that wraps around 2**32 opens segments again."""
+    x = np.arange(6, dtype=np.int32)
+    most = np.iinfo(np.int32).max
+    for lengths in ([2, most, most, 2, 2], [-most, 6, 1, -1, most], [most] * 5):
+        expected = _reference.reverse(
+            x, np.array(lengths), axis=0, batch_axes=(), layout="packed"
+        )
+        assert_same_bits(reverse_segments(x, jnp.array(lengths)), expected)
+
+
+def test_no_segments():
+    """K = 0 has no last segment to look at."""
+    x = np.arange(6, dtype=np.int32).reshape(2, 3)
+    empty = np.zeros((2, 0), np.int32)
+    for given in (empty, jnp.asarray(empty), [[], []]):
+        assert_same_bits(reverse_segments(x, given), x)
+    assert_same_bits(reverse_segments(x[0], []), x[0])
+    assert_same_bits(reverse_segments(x[0], cu_seqlens=[0]), x[0])
+    out, lengths = reverse_segment_order(x, empty)
+    assert_same_bits(out, x)
+    assert lengths.shape == (2, 0)
+    filled = reverse_segments(x, empty, padding_value=7)
+    assert_same_bits(filled, np.full_like(x, 7))
+
+
+def test_axis_longer_than_an_int32():
+    """Positions past 2**31 do not fit the index: the arithmetic must be wider."""
+    x = jax.ShapeDtypeStruct((2**31 + 8,), jnp.int8)
+    for case in (Case("", (9,), layout=name) for name in ("padded", "packed")):
+        shape = () if case.layout == "padded" else (4,)
+        lengths = jax.ShapeDtypeStruct(shape, jnp.int32)
+        params = dict(axis=0, batch_axes=(), layout=case.layout)
+        lowered = jax.jit(functools.partial(reverse_segments_p.bind, **params)).lower(
+            x, lengths
+        )
+        assert "2147483656xui32" in lowered.as_text()
+
+
+def test_table():
+    """Two cases of one name would share their data, or a dtype be left out."""
+    names = [case.name for case in (*CASES, *BENCHMARKS)]
+    assert len(set(names)) == len(names)
+    assert {case.dtype for case in CASES} == set(DTYPES)
+
+
+def test_segment_order():
+    """Segments in the wrong order, their content touched, or lengths not returned."""
+    rng = np.random.default_rng(0)
+    x = rng.standard_normal((3, 2, 9, 2)).astype(np.float32)
+    reverse = jax.jit(reverse_segment_order, static_argnames=("axis", "batch_axis"))
+    for low, high in ((0, 4), (-3, 9), (0, 1)):
+        lengths = rng.integers(low, high, (2, 3, 4)).astype(np.int32)
+        axes = dict(axis=2, batch_axes=(1, 0))
+        expected, expected_lengths = _reference.reverse_order(x, lengths, **axes)
+        out, out_lengths = reverse(x, jnp.asarray(lengths), axis=2, batch_axis=(1, 0))
+        assert_same_bits(out, expected)
+        assert_same_bits(out_lengths, expected_lengths)
+    out, out_lengths = reverse_segment_order(np.arange(6), [2, 3])
+    np.testing.assert_array_equal(out, [2, 3, 4, 0, 1, 5])
+    np.testing.assert_array_equal(out_lengths, [3, 2])

@@ -1,0 +1,165 @@
+"""vmap over any axes of either operand, against a Python loop over slices."""
+
+import functools
+import itertools
+
+import jax
+import numpy as np
+import pytest
+
+from tests.cases import Case, assert_same_bits
+
+LAYOUTS = ("padded", "packed", "ids")  # Offsets are packed lengths by then.
+
+
+def slices(array, dim, size):
+    """What a mapped function sees of an operand, for each index."""
+    if dim is None:
+        return [array] * size
+    return list(np.moveaxis(array, dim, 0))
+
+
+def loop(case, x, segments, levels):
+    """The reference under Python loops; `levels` are (x axis, segments axis, out)."""
+    if not levels:
+        return case.expected(x, segments)
+    (x_dim, segments_dim, out_dim, size), *inner = levels
+    return np.stack(
+        [
+            loop(case, *operands, inner)
+            for operands in zip(
+                slices(x, x_dim, size),
+                slices(segments, segments_dim, size),
+                strict=True,
+            )
+        ],
+        out_dim,
+    )
+
+
+def mapped(case, levels):
+    """The public call under as many vmaps."""
+    f = case.call
+    for x_dim, segments_dim, out_dim, size in reversed(levels):
+        f = jax.vmap(f, (x_dim, segments_dim), out_dim, axis_size=size)
+    return f
+
+
+def operands(case, levels, rng):
+    """Operands of the outermost call, whose axes the levels then take away."""
+    x, segments = case.x(), case.segments()
+    for x_dim, segments_dim, _, size in reversed(levels):
+        if x_dim is not None:
+            x = np.stack([rng.permutation(x.ravel()).reshape(x.shape)] * size, x_dim)
+            x = rng.permuted(x)
+        if segments_dim is not None:
+            # Other rows' lengths are as good, and sums stay within the axis.
+            segments = np.stack(
+                [np.roll(segments, i) for i in range(size)], segments_dim
+            )
+    return x, segments
+
+
+def check(cases_and_levels):
+    """All in one program, since compiling is what takes the time."""
+    rng = np.random.default_rng(0)
+    given = [operands(case, levels, rng) for case, levels in cases_and_levels]
+    outs = jax.jit(
+        lambda given: [
+            mapped(case, levels)(x, segments)
+            for (case, levels), (x, segments) in zip(
+                cases_and_levels, given, strict=True
+            )
+        ]
+    )(given)
+    for (case, levels), (x, segments), out in zip(
+        cases_and_levels, given, outs, strict=True
+    ):
+        expected = loop(case, x, segments, levels)
+        assert_same_bits(out, expected, f"{case.name} under {levels}")
+
+
+def base_cases(layout):
+    """One row without batch axes; a batch; a time-major batch. Sizes all differ."""
+    make = functools.partial(Case, layout=layout, dtype="int32", count=2, padding_id=2)
+    return (
+        make("row", (5,), axis=0, batch_axes=()),
+        make("batch", (3, 5)),
+        make("time-major", (5, 2, 3), axis=0, batch_axes=(2,)),
+    )
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_every_axis(layout):
+    """An axis of an operand or of the result is another one than was asked for."""
+    combinations = []
+    for case in base_cases(layout):
+        x_dims = (None, *range(len(case.shape) + 1))
+        segments_dims = (None, *range(len(case.batch_axes) + (layout != "padded") + 1))
+        pairs = itertools.product(x_dims, segments_dims)
+        for i, (x_dim, segments_dim) in enumerate(pairs):
+            if x_dim is None and segments_dim is None:
+                continue
+            # JAX itself moves the result's axis: with one layout all is tried.
+            out_dims = range(len(case.shape) + 1)
+            if layout != "padded":
+                out_dims = (i % (len(case.shape) + 1),)
+            combinations += [
+                (case, [(x_dim, segments_dim, out_dim, 4)]) for out_dim in out_dims
+            ]
+    check(combinations)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_three_levels(layout):
+    """A rule that is right once is wrong on what it itself returned."""
+    rng = np.random.default_rng(0)
+    _, case, _ = base_cases(layout)
+    combinations = []
+    both, only_x, only_segments = (True, True), (True, False), (False, True)
+    for kinds in itertools.product((both, only_x, only_segments), repeat=3):
+        x_rank, segments_rank = 2, 1 + (layout != "padded")
+        levels = []
+        for level, (has_x, has_segments) in enumerate(reversed(kinds)):  # Inside out.
+            x_dim = int(rng.integers(x_rank + 1)) if has_x else None
+            segments_dim = (
+                int(rng.integers(segments_rank + 1)) if has_segments else None
+            )
+            out_dim = int(rng.integers(2 + level + 1))
+            levels.insert(0, (x_dim, segments_dim, out_dim, 2))
+            x_rank, segments_rank = x_rank + has_x, segments_rank + has_segments
+        combinations.append((case, levels))
+    check(combinations)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_gradients(layout):
+    """What is not mapped gets a gradient that is not summed over the mapped axis."""
+    case = base_cases(layout)[1]
+    rng = np.random.default_rng(0)
+    levels = {"both": (1, -1), "lengths": (None, 0), "x": (2, None)}
+
+    @jax.jit
+    def run(given):
+        return {
+            name: jax.vjp(jax.vmap(lambda x, s: case.call(x, s), dims), x, s)[1](ct)[0]
+            for (name, dims), (x, s, ct) in zip(
+                levels.items(), given.values(), strict=True
+            )
+        }
+
+    given = {}
+    for name, (x_dim, segments_dim) in levels.items():
+        x, s = operands(case, [(x_dim, segments_dim, 0, 4)], rng)
+        # Small whole numbers as floats: their sums are exact.
+        ct = rng.integers(0, 9, (4, *case.shape)).astype(np.float32)
+        given[name] = x.astype(np.float32), s, ct
+    for name, gradient in run(given).items():
+        (x_dim, segments_dim), (_, s, ct) = levels[name], given[name]
+        rows = zip(ct, slices(s, segments_dim, 4), strict=True)
+        expected = np.stack([case.expected(*row) for row in rows])
+        if x_dim is None:
+            expected = expected.sum(0)
+        else:
+            expected = np.moveaxis(expected, 0, x_dim)
+        assert_same_bits(gradient, expected, name)
