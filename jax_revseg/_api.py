@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike
 
 from jax_revseg import _compat, _layout
-from jax_revseg._layout import BatchAxis, Segments
+from jax_revseg._layout import BatchAxis, Integers, Segments
 from jax_revseg._lowering import align, packed_ends, padding_mask
 from jax_revseg._primitive import reverse_segments_p
 from jax_revseg._sequence import AxisName, axis_size, on_whole_rows
@@ -60,7 +60,7 @@ def _reverse_order(x: jax.Array, flipped: Segments) -> jax.Array:
 
 def reverse_sequence(
     x: ArrayLike,
-    lengths: ArrayLike,
+    lengths: Integers,
     *,
     axis: int | None = None,
     batch_axis: BatchAxis = None,
@@ -123,10 +123,10 @@ def reverse_sequence(
 
 def reverse_segments(
     x: ArrayLike,
-    lengths: ArrayLike | None = None,
+    lengths: Integers | None = None,
     *,
-    segment_ids: ArrayLike | None = None,
-    cu_seqlens: ArrayLike | None = None,
+    segment_ids: Integers | None = None,
+    cu_seqlens: Integers | None = None,
     padding_id: int | None = None,
     axis: int | None = None,
     batch_axis: BatchAxis = None,
@@ -220,7 +220,7 @@ def reverse_segments(
 
 def reverse_segment_order(
     x: ArrayLike,
-    lengths: ArrayLike,
+    lengths: Integers,
     *,
     axis: int | None = None,
     batch_axis: BatchAxis = None,

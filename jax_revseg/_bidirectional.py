@@ -7,10 +7,9 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.typing import ArrayLike
 
 from jax_revseg._api import reverse_sequence
-from jax_revseg._layout import BatchAxis, as_array, padded
+from jax_revseg._layout import BatchAxis, Integers, as_array, padded
 from jax_revseg._sequence import AxisName, axis_size
 
 
@@ -61,7 +60,7 @@ def bidirectional(
 
     def run(
         x: Any,
-        lengths: ArrayLike,
+        lengths: Integers,
         *,
         axis: int | None = None,
         batch_axis: BatchAxis = None,

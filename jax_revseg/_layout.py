@@ -15,12 +15,12 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.typing import DTypeLike
+from jax.typing import ArrayLike, DTypeLike
 
 from jax_revseg._lowering import position_dtype, widen
 
 BatchAxis = int | Sequence[int] | None
-Integers = ArrayLike | Sequence[Any]  # Lists, nested or not, which ArrayLike leaves out.
+Integers = ArrayLike | Sequence[Any]  # ArrayLike leaves lists out.
 
 
 class Segments(NamedTuple):

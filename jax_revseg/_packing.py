@@ -8,12 +8,13 @@ import numpy as np
 from jax.typing import ArrayLike
 
 from jax_revseg import _layout
+from jax_revseg._layout import Integers
 from jax_revseg._lowering import clip_lengths, packed_ends
 
 
 def pack_segments(
     x: ArrayLike,
-    lengths: ArrayLike,
+    lengths: Integers,
     *,
     max_length: int,
     padding_value: ArrayLike = 0,
@@ -65,9 +66,7 @@ def pack_segments(
     return jnp.where(valid, jnp.take(x, index, 0, mode="clip"), value)
 
 
-def unpack_segments(
-    x: ArrayLike, lengths: ArrayLike, *, total_length: int
-) -> jax.Array:
+def unpack_segments(x: ArrayLike, lengths: Integers, *, total_length: int) -> jax.Array:
     """Lays the valid steps of each row end to end: the inverse of `pack_segments`.
 
     Row `n` gives its first `lengths[n]` steps, or as many as it has. Positions that are
