@@ -66,8 +66,10 @@ class Case:
             return offsets.astype(dtype)
         # The number of offsets at or before a position is the number of its segment,
         # from 1 on; what follows the last segment is the run of id 0.
-        t = np.arange(self.size)
-        ids = (t[:, None] >= offsets[..., None, :]).sum(-1)
+        marks = np.zeros((*self.batch_shape, self.size + 1), int)
+        *rows, _ = np.indices(offsets.shape)
+        np.add.at(marks, (*rows, offsets), 1)
+        ids, t = marks.cumsum(-1)[..., :-1], np.arange(self.size)
         return np.where(t < offsets[..., -1:], ids, 0).astype(dtype)
 
     def _lengths(self, rng, shape: tuple[int, ...], limit: int) -> np.ndarray:
