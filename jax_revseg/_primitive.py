@@ -78,6 +78,14 @@ def _sharded_axis_remedy(x, axis, batch_axes, layout, padding_id):
 
 def _merged_spec(x, segments, axis, batch_axes, **layout):
     """Gives the batch axes the sharding of x and of the segments, as `add` would."""
+    for what, operand in (("x", x), ("lengths or ids", segments)):
+        partial_sums = operand.sharding.spec
+        if partial_sums.unreduced or partial_sums.reduced:
+            raise ValueError(
+                f"reverse_segments: {what} has sharding {partial_sums}; partial sums "
+                "(unreduced, reduced) are not supported: use jax.sharding.reshard to "
+                "a sharding without them first."
+            )
     spec = list(x.sharding.spec)
     if spec[axis] is not None:
         raise ValueError(
@@ -90,19 +98,20 @@ def _merged_spec(x, segments, axis, batch_axes, **layout):
     for i, name in enumerate(segments.sharding.spec):
         if name is None:
             continue
-        a = batch_axes[i] if i < len(batch_axes) else None
-        if a is None or spec[a] not in (None, name):
-            raise ValueError(
-                f"reverse_segments: axis {i} of the lengths or ids is sharded over "
-                f"mesh axis {name!r}, but "
-                + (
-                    "it runs along the segment axis, which cannot be sharded"
-                    if a is None
-                    else f"axis {a} of x, which it goes with, over {spec[a]!r}"
-                )
-                + ". Give both the same sharding with jax.sharding.reshard."
-            )
-        spec[a] = name
+        if i < len(batch_axes):
+            a = batch_axes[i]
+            taken = set(jax.tree.leaves(spec)) & set(jax.tree.leaves(name))
+            if spec[a] == name or (spec[a] is None and not taken):
+                spec[a] = name
+                continue
+            but = f"x, whose axis {a} goes with it, is sharded as {tuple(spec)}"
+        else:
+            but = "it runs along the segment axis, which cannot be sharded"
+        raise ValueError(
+            f"reverse_segments: axis {i} of the lengths or ids is sharded over mesh "
+            f"axis {name!r}, but {but}. Give both the same sharding with "
+            "jax.sharding.reshard."
+        )
     return tuple(spec)
 
 
