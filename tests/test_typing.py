@@ -1,0 +1,35 @@
+"""A strict type checker accepts a user's program, and that program runs."""
+
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+PROGRAM = Path(__file__).parent / "typing_program.py"
+
+
+def pyright(*arguments):
+    found = shutil.which("pyright", path=Path(sys.executable).parent)
+    if found is None:
+        pytest.skip("pyright is not installed beside this Python")
+    return subprocess.run(
+        [found, "--pythonpath", sys.executable, *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+
+
+def test_program_runs():
+    subprocess.run([sys.executable, PROGRAM], check=True, timeout=120)
+
+
+@pytest.mark.parametrize("wrong", [None, 'reverse_sequence(x, "lengths", axes=0)\n'])
+def test_strict(tmp_path, wrong):
+    """A complaint is an error that every strict user would get; so is none at all."""
+    program = tmp_path / PROGRAM.name
+    program.write_text("# pyright: strict\n" + PROGRAM.read_text() + (wrong or ""))
+    done = pyright(program)
+    assert done.returncode == (1 if wrong else 0), done.stdout + done.stderr
