@@ -63,7 +63,7 @@ TYPE_ERRORS = (
         r"padding_value is \[0\.0\].*shape",
     ),
     (lambda: seq(X, [1] * 3, padding_value="0"), r"padding_value is '0'.*scalar"),
-    (lambda: seq(X > 0, [1] * 3, padding_value=1), r"padding_value is 1.*dtype bool"),
+    (lambda: seq(X > 0, [1] * 3, padding_value=2), r"padding_value is 2.*dtype bool"),
     (
         lambda: seq(I8, [1] * 2, padding_value=jnp.int32(1)),
         r"padding_value is Array\(1, dtype=int32\).*dtype int8",

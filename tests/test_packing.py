@@ -1,0 +1,146 @@
+"""pack_segments and unpack_segments against the loops, and at their edges."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jax_revseg import _reference, pack_segments, unpack_segments
+from tests.cases import assert_same_bits, enable_x64, random_bits
+
+LENGTHS = {
+    "some": [2, 4, 0, 1],
+    "none": [0, 0, 0, 0],
+    "all": [3, 3, 3, 2],
+    "one": [0, 11, 0, 0],
+    "over": [5, -2, 9, 2**31 - 1],  # Only on a device.
+}
+SIZES = (0, 3, 12)  # Less than a segment, and more than all of them.
+
+
+@pytest.mark.parametrize("kind", LENGTHS)
+def test_values(kind):
+    """A step goes to another row, a cut is elsewhere, or padding is not filled."""
+    rng = np.random.default_rng(0)
+    lengths = np.array(LENGTHS[kind], np.int32)
+    x = random_bits(rng, (11, 2), "float32")
+    rows = random_bits(rng, (4, 5, 2), "float32")
+
+    @jax.jit  # One program, since compiling is what takes the time.
+    def run(x, rows, lengths):
+        return [
+            (
+                pack_segments(x, lengths, max_length=size, padding_value=7),
+                unpack_segments(rows, lengths, total_length=size),
+            )
+            for size in SIZES
+        ]
+
+    for size, (packed, unpacked) in zip(SIZES, run(x, rows, lengths), strict=True):
+        expected = _reference.pack(x, lengths, max_length=size, padding_value=7)
+        assert_same_bits(packed, expected)
+        cut = np.minimum(lengths, rows.shape[1])
+        expected = _reference.unpack(rows, cut, total_length=size)
+        assert_same_bits(unpacked, expected)
+
+
+@pytest.mark.parametrize("kind", ("some", "all"))
+def test_host_lengths(kind):
+    """The checked way through the code gives something else."""
+    x = np.arange(11)
+    lengths = LENGTHS[kind]
+    packed = pack_segments(x, lengths, max_length=4)
+    assert_same_bits(packed, pack_segments(x, jnp.array(lengths), max_length=4))
+    back = unpack_segments(packed, lengths, total_length=11)
+    assert_same_bits(back, np.where(x < sum(lengths), x, 0).astype(back.dtype))
+    assert_same_bits(back, unpack_segments(packed, jnp.array(lengths), total_length=11))
+
+
+@pytest.mark.parametrize("dtype", ("bool", "int4", "float8_e4m3fn", "complex64"))
+def test_dtypes(dtype):
+    """A dtype loses its values on the way through a row of its own and back."""
+    x = random_bits(np.random.default_rng(0), (7, 2), dtype)
+    if x.itemsize == 1:
+        x[x != x] = 1  # XLA computes `where` on small floats in wider ones.
+    lengths = jnp.array([2, 4, 0, 1], jnp.int8)
+    packed = pack_segments(x, lengths, max_length=4)
+    expected = _reference.pack(x, np.array([2, 4, 0, 1]), max_length=4)
+    assert_same_bits(packed, expected)
+    assert_same_bits(unpack_segments(packed, lengths, total_length=7), x)
+
+
+def test_keys():
+    """Keys, which have no zero, cannot be packed even with a key to pad with."""
+    keys = jax.random.split(jax.random.key(0), 4)
+    out = pack_segments(keys, [1, 2], max_length=2, padding_value=keys[3])
+    expected = np.asarray(jax.random.key_data(keys))[[[0, 3], [1, 2]]]
+    np.testing.assert_array_equal(jax.random.key_data(out), expected)
+
+
+def test_lengths_wider_than_a_position():
+    """A length of 2**32 + 1 is cut to its lower bits, and counts as 1."""
+    with enable_x64():
+        x, lengths = np.arange(5), jnp.array([1, 2**32 + 1])
+        out = pack_segments(x, lengths, max_length=3)
+        assert_same_bits(out, np.array([[0, 0, 0], [1, 2, 3]]))
+        rows = np.arange(4).reshape(2, 2)
+        out = unpack_segments(rows, lengths, total_length=4)
+        assert_same_bits(out, np.array([0, 2, 3, 0]))
+
+
+def test_nothing():
+    """No steps, no segments or no features need a row or a step that is not there."""
+    x = np.ones((3, 2), np.float32)
+    empty = np.zeros(0, np.int32)
+    for lengths in ([], empty, jnp.asarray(empty)):
+        assert pack_segments(x, lengths, max_length=2).shape == (0, 2, 2)
+        out = unpack_segments(x[None, :0][:0], lengths, total_length=2)
+        assert_same_bits(out, np.zeros((2, 2), np.float32))
+    for part, lengths in (
+        (x[:0], [0, 0]),
+        (x[:0], jnp.array([1, 1])),
+        (x[:, :0], [1, 2]),
+    ):
+        packed = pack_segments(part, lengths, max_length=2, padding_value=3)
+        assert_same_bits(packed, np.full((2, 2, part.shape[1]), 3, np.float32))
+        out = unpack_segments(packed[:, :0], lengths, total_length=1)
+        assert_same_bits(out, np.zeros((1, part.shape[1]), np.float32))
+
+
+def test_gradients():
+    """A gradient is not laid down where its value came from, or comes from padding."""
+    lengths = jnp.array([2, 4, 0, 1])
+    x = np.zeros((9, 2), np.float32)
+    rng = np.random.default_rng(0)
+    cotangent = rng.integers(1, 9, (4, 3, 2)).astype(np.float32)
+
+    @jax.jit
+    def run(x, ct):
+        pack, to_value = jax.vjp(
+            lambda x, value: pack_segments(
+                x, lengths, max_length=3, padding_value=value
+            ),
+            x,
+            1.0,
+        )
+        unpack = jax.vjp(lambda x: unpack_segments(x, lengths, total_length=9), pack)[1]
+        return *to_value(ct), *unpack(x + jnp.arange(9.0)[:, None])
+
+    to_x, to_value, to_rows = run(x, cotangent)
+    expected = np.zeros_like(x)
+    expected[[0, 1, 2, 3, 4, 6]] = cotangent[[0, 0, 1, 1, 1, 3], [0, 1, 0, 1, 2, 0]]
+    assert_same_bits(to_x, expected)
+    padding = np.array([[0, 0, 1], [0, 0, 0], [1, 1, 1], [0, 1, 1]], bool)
+    np.testing.assert_array_equal(to_value, cotangent[padding].sum())
+    # Row 1 lies from position 2 on: three steps, since it was cut to three.
+    expected = np.array([[0, 1, 0], [2, 3, 4], [0, 0, 0], [5, 0, 0]], np.float32)
+    assert_same_bits(to_rows[..., 0], expected)
+
+
+def test_vmap():
+    """A batch of packed arrays is not one packed array after the other."""
+    x = np.arange(24, dtype=np.int32).reshape(3, 8)
+    lengths = np.array([[1, 2, 3], [0, 4, 0], [3, 3, 2]])
+    run = jax.jit(jax.vmap(lambda x, n: pack_segments(x, n, max_length=4)))
+    for row, n, out in zip(x, lengths, run(x, lengths), strict=True):
+        assert_same_bits(out, _reference.pack(row, n, max_length=4))

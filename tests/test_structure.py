@@ -1,0 +1,194 @@
+"""What a call costs: equations, saved arrays, operations, traces, imports."""
+
+import functools
+import re
+import subprocess
+import sys
+
+import chex
+import jax
+import jax.numpy as jnp
+import pytest
+
+from jax_revseg import reverse_segment_order, reverse_segments, reverse_sequence
+from tests.cases import SMALL, Case
+
+# Far larger than its segments: what has its size is a copy of it.
+LARGE = tuple(
+    Case(layout, (4, 8, 64), layout=layout, padding_id=0)
+    for layout in ("padded", "packed", "ids", "offsets")
+)
+by_name = functools.partial(pytest.mark.parametrize, ids=lambda case: case.name)
+
+
+def pullback(f):
+    return lambda x, s: jax.vjp(lambda x: f(x, s), x)[1](x)[0]
+
+
+TRANSFORMS = {
+    "call": lambda f: f,
+    "jit": jax.jit,
+    "vmap": lambda f: jax.vmap(f, (2, None), 2),
+    "grad": pullback,
+    "grad of jit": lambda f: pullback(jax.jit(f)),
+    "jit of vmap of grad": lambda f: jax.jit(
+        jax.vmap(pullback(f), (3, 0), 3),
+    ),
+    "jvp": lambda f: lambda x, s: jax.jvp(lambda x: f(x, s), (x,), (x,))[1],
+}
+
+
+def equations(jaxpr):
+    """Every equation, those of inner jaxprs instead of the call of them."""
+    for equation in jaxpr.eqns:
+        inner = [
+            getattr(value, "jaxpr", value)
+            for value in equation.params.values()
+            if hasattr(getattr(value, "jaxpr", value), "eqns")
+        ]
+        if inner:
+            for each in inner:
+                yield from equations(each)
+        else:
+            yield equation
+
+
+def large_equations(f, x, segments):
+    """The names of the primitives that make an array of x's size."""
+    closed = jax.make_jaxpr(f)(x, segments)
+    return [
+        equation.primitive.name
+        for equation in equations(closed.jaxpr)
+        if any(out.aval.size >= x.size for out in equation.outvars)
+    ]
+
+
+@by_name("case", LARGE)
+def test_one_equation(case):
+    """A transformation adds an operation on all of x: a move, a copy or a gather."""
+    for name, transform in TRANSFORMS.items():
+        x, segments = jnp.asarray(case.x()), jnp.asarray(case.segments())
+        if name == "vmap":
+            x = x[:, :, None]
+        elif name == "jit of vmap of grad":
+            x, segments = x[..., None], segments[None]
+        found = large_equations(transform(case.call), x, segments)
+        # A derivative is one more, beside the value.
+        derivative = "grad" in name or name == "jvp"
+        assert found == ["reverse_segments"] * (1 + derivative), name
+
+
+def test_one_equation_each():
+    """The order of segments takes more than the two reversals that it is."""
+    case = LARGE[1]
+    found = large_equations(
+        lambda x, s: reverse_segment_order(x, s)[0],
+        jnp.asarray(case.x()),
+        jnp.asarray(case.segments()),
+    )
+    assert found == ["reverse_segments"] * 2
+
+
+def test_vmap_over_lengths_broadcasts():
+    """Mapping the lengths alone does more than to broadcast x."""
+    x, lengths = jnp.zeros((8, 64)), jnp.zeros(4, jnp.int32)
+    run = jax.vmap(reverse_sequence, (None, 0))
+    found = large_equations(run, x, lengths)
+    assert found == ["broadcast_in_dim", "reverse_segments"]
+    # XLA reads x where it lies: nothing of the size of the result is written but that.
+    compiled = jax.jit(run).lower(x, lengths).compile()
+    assert compiled.memory_analysis().temp_size_in_bytes < 4 * x.size
+
+
+@by_name("case", LARGE)
+def test_keeps_the_segments_alone(case):
+    """The backward pass keeps x, or an index as long as x, alive."""
+    segments = jnp.asarray(case.segments())
+    kept = jax.eval_shape(
+        lambda x: jax.vjp(lambda x: case.call(x, segments), x)[1], case.x()
+    )
+    # Offsets have become as many lengths.
+    size = segments.size - (len(segments) if case.layout == "offsets" else 0)
+    assert sum(leaf.size for leaf in jax.tree.leaves(kept)) <= size
+
+
+@by_name("case", LARGE)
+def test_compiled_backward_pass(case):
+    """The gradient adds up, by a scatter, what a gather read, or needs memory."""
+    x, segments = jnp.asarray(case.x()), jnp.asarray(case.segments())
+    compiled = jax.jit(pullback(case.call)).lower(x, segments).compile()
+    # What finds the segments may scatter whole numbers; x is floating point.
+    text = compiled.as_text()
+    assert "f32[4,8,64]" in text
+    assert not re.search(r" f32\S* scatter\(", text)
+    assert not re.search(r"custom-call|all-", text)
+    if case.layout == "padded":
+        assert "scatter" not in text
+        assert compiled.memory_analysis().temp_size_in_bytes == 0
+
+
+@by_name("case", SMALL)
+def test_traces_once(case):
+    """Other values of the segments compile everything again."""
+    x, segments = jnp.asarray(case.x()), jnp.asarray(case.segments())
+    chex.clear_trace_counter()
+    run = jax.jit(chex.assert_max_traces(lambda x, s: case.call(x, s), n=1))
+    for other in (segments, segments[::-1], segments * 0):
+        run(x, other)
+
+
+def test_eager_calls_compile_once(caplog):
+    """An eager call compiles again for other lengths, as if they were constants."""
+
+    def compiled(lengths):
+        caplog.clear()
+        with jax.log_compiles():
+            reverse_sequence(x, lengths)
+            reverse_segments(x, cu_seqlens=[[0, n] for n in lengths])
+        return sum("Compiling" in record.message for record in caplog.records)
+
+    x = jnp.zeros((3, 6, 17))  # A shape of its own: nothing has compiled it.
+    assert compiled([1, 2, 3]) >= 2
+    assert compiled([0, 6, 5]) == 0
+
+
+def test_one_function_for_many_calls():
+    """Forty calls become forty copies of the lowering."""
+
+    def f(x, lengths):
+        for _ in range(40):
+            x = jnp.sin(reverse_sequence(x, lengths))
+        return x
+
+    x, lengths = jnp.zeros((64, 128, 256)), jnp.zeros(64, jnp.int32)
+    text = jax.jit(f).lower(x, lengths).as_text()
+    assert len(re.findall(r"func\.func private @\w*reverse", text)) == 1
+    assert len(text) < 13_000  # 10 kB, and what forty sines take.
+
+
+IMPORTS = """
+import sys
+import jax
+before = set(sys.modules)
+import jax_revseg
+added = {name.partition(".")[0] for name in set(sys.modules) - before}
+print(sorted(added - set(sys.stdlib_module_names)))
+"""
+
+
+def test_needs_jax_alone():
+    """The package imports something that is not installed with jax."""
+    run = subprocess.run(
+        [sys.executable, "-c", IMPORTS], capture_output=True, text=True, check=True
+    )
+    assert set(eval(run.stdout)) <= {"jax_revseg", "jax", "jaxlib", "numpy"}
+
+
+def test_public_names():
+    """A name is public and not in __all__, or the other way around."""
+    import jax_revseg
+
+    public = {name for name in vars(jax_revseg) if not name.startswith("_")}
+    assert public == set(jax_revseg.__all__)
+    for name in public - {"reverse_segments_p"}:
+        assert getattr(jax_revseg, name).__doc__, name
