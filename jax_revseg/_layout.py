@@ -100,6 +100,8 @@ def as_padding_value(name: str, dtype: DTypeLike, value: Any) -> jax.Array:
         )
     if isinstance(value, np.generic):
         value = value.item()  # Only the value counts, as it does for a Python scalar.
+    if jnp.issubdtype(dtype, jnp.bool_) and isinstance(value, int) and value in (0, 1):
+        value = bool(value)  # The default value of packing is 0.
     given = getattr(value, "dtype", None)
     try:
         # Extended dtypes, those of keys, take part in no promotion.
