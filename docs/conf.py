@@ -28,19 +28,21 @@ default_role = "code"  # Docstrings write `x`, as Markdown does.
 myst_enable_extensions = ["colon_fence"]
 myst_heading_anchors = 3
 nb_execution_mode = "force"
-nb_execution_timeout = 120
+nb_execution_timeout = 300
 nb_execution_raise_on_error = True
 nb_merge_streams = True
 
 maximum_signature_line_length = 60
-autodoc_type_aliases = {"ArrayLike": "ArrayLike", "BatchAxis": "BatchAxis"}
+autodoc_type_aliases = {
+    name: name for name in ("ArrayLike", "AxisName", "BatchAxis", "Integers")
+}
 autodoc_member_order = "bysource"
 napoleon_google_docstring = True
 napoleon_numpy_docstring = False
 # Nothing to link to without an inventory from the network at each build.
 nitpick_ignore_regex = [
     ("py:.*", r"(jax|jaxlib|numpy|collections|typing)\..*"),
-    ("py:.*", r"ArrayLike|BatchAxis|Any|Callable|optional"),
+    ("py:.*", r"ArrayLike|AxisName|BatchAxis|Integers|Any|Callable"),
 ]
 
 html_theme = "furo"

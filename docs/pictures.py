@@ -23,6 +23,7 @@ class Picture(NamedTuple):
     function: Callable[[Any], Any]
     letters: list[str]  # One string a row; "." is padding.
     segments: list[str]  # The number of the segment at each position.
+    ids: np.ndarray | None = None  # What the user gives for each position.
 
 
 IDS = np.array([[1, 1, 1, 2, 2, 0, 0, 0], [1, 1, 1, 1, 2, 2, 3, 3]])
@@ -48,6 +49,7 @@ PICTURES = {
         lambda x: reverse_segments(x, segment_ids=IDS, padding_id=0),
         ["abcde...", "fghijklm"],
         ["00011...", "22223344"],
+        IDS,
     ),
     "cu-seqlens": Picture(  # An unbatched axis, drawn as one row.
         lambda x: reverse_segments(x[0], cu_seqlens=[0, 3, 5, 9])[None],
@@ -58,6 +60,7 @@ PICTURES = {
         lambda x: reverse_segments(x, segment_ids=MASK, padding_id=0),
         ["...ab", ".cdef"],
         ["...00", ".1111"],
+        MASK,
     ),
     "order": Picture(
         lambda x: reverse_segment_order(x[0], [2, 4])[0][None],
@@ -67,10 +70,12 @@ PICTURES = {
 }
 
 
-def _grid(letters: np.ndarray, segments: np.ndarray, left: int) -> list[str]:
+def _grid(
+    letters: np.ndarray, segments: np.ndarray, left: int, top: int, ids: Any
+) -> list[str]:
     cells = []
     for (row, column), letter in np.ndenumerate(letters):
-        x, y = left + column * CELL, row * CELL
+        x, y = left + column * CELL, top + row * CELL
         if letter == ".":
             text, paint = GREY, f'fill="none" stroke="{GREY}" stroke-dasharray="3 3"'
         else:
@@ -80,6 +85,11 @@ def _grid(letters: np.ndarray, segments: np.ndarray, left: int) -> list[str]:
             f'rx="4" {paint}/>'
             f'<text x="{x + CELL / 2}" y="{y + CELL / 2}" fill="{text}">{letter}</text>'
         )
+        if ids is not None:
+            cells.append(
+                f'<text x="{x + CELL - 8}" y="{y + CELL - 9}" fill="{text}" '
+                f'font-size="10">{ids[row, column]}</text>'
+            )
     return cells
 
 
@@ -94,20 +104,22 @@ def svg(picture: Picture) -> str:
         return np.asarray(picture.function(codes)).astype(np.uint32).view("U1")
 
     rows, columns = letters.shape
-    width, height = 2 * columns * CELL + GAP, rows * CELL
-    middle = columns * CELL + GAP / 2
-    arrow = (
-        f'<path d="M{middle - 16} {height / 2}h28m-8 -7l8 7l-8 7" fill="none" '
-        f'stroke="{GREY}" stroke-width="2.5"/>'
-    )
+    width, height = columns * CELL, rows * CELL
+    if columns > 5:  # One above the other, or a phone would make it too small.
+        left, top = 0, height + GAP
+        arrow = f"M{width / 2} {height + 14}v28m-7 -8l7 8l7 -8"
+    else:
+        left, top = width + GAP, 0
+        arrow = f"M{width + 14} {height / 2}h28m-8 -7l8 7l-8 7"
+    size = (width + left, height + top)
     return "\n".join(
         [
-            f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" '
-            f'width="{width}" height="{height}" font-family="ui-monospace, monospace" '
-            'font-size="17" text-anchor="middle" dominant-baseline="central">',
-            *_grid(letters, segments, 0),
-            arrow,
-            *_grid(move(letters), move(segments), columns * CELL + GAP),
+            '<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {} {}" width="{}" '
+            'height="{}" font-family="ui-monospace, monospace" font-size="17" '
+            'text-anchor="middle" dominant-baseline="central">'.format(*size, *size),
+            *_grid(letters, segments, 0, 0, picture.ids),
+            f'<path d="{arrow}" fill="none" stroke="{GREY}" stroke-width="2.5"/>',
+            *_grid(move(letters), move(segments), left, top, picture.ids),
             "</svg>\n",
         ]
     )

@@ -1,0 +1,97 @@
+"""Prints the table of docs/sharding.md: what each sharding makes the devices send.
+
+`python docs/sharding_costs.py` compiles for 8 simulated CPU devices and reads the
+collectives, and the bytes that one device holds, out of what the compiler says.
+"""
+
+import os
+import re
+from functools import partial
+
+os.environ["JAX_PLATFORMS"] = "cpu"
+os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8"
+
+import jax  # noqa: E402
+import jax.numpy as jnp  # noqa: E402
+import numpy as np  # noqa: E402
+from jax.sharding import AxisType, NamedSharding, PartitionSpec as P  # noqa: E402
+
+from jax_revseg import reverse_segments, reverse_sequence  # noqa: E402
+
+SHAPE = (8, 4096, 64)
+BYTES = {"f32": 4, "s32": 4, "u32": 4, "pred": 1, "s8": 1, "u8": 1}
+COLLECTIVE = r"= (.*?) (all-[a-z-]+|collective-permute|reduce-scatter)\("
+# The share of a collective's result that one of 8 devices gets from the others; a ring
+# of 8 sends the sum twice round.
+SHARE = {"all-to-all": 7 / 8, "all-gather": 7 / 8, "all-reduce": 2 * 7 / 8}
+
+
+def reverse(layout, x, segments, **keywords):
+    if layout == "ids":
+        return reverse_segments(x, segment_ids=segments, **keywords)
+    reverse = reverse_sequence if layout == "padded" else reverse_segments
+    return reverse(x, segments, **keywords)
+
+
+def costs(compiled):
+    """Collectives, bytes that a device receives, bytes that it holds."""
+    names, received = [], 0.0
+    for shapes, name in re.findall(COLLECTIVE, compiled.as_text()):
+        names.append(name)
+        for kind, sizes in re.findall(r"(\w+)\[([\d,]*)\]", shapes):
+            size = np.prod([int(n) for n in sizes.split(",") if n])
+            received += SHARE.get(name, 1) * BYTES[kind] * size
+    memory = compiled.memory_analysis()
+    held = memory.output_size_in_bytes + memory.temp_size_in_bytes
+    sent = ", ".join(f"{names.count(n)} {n}" for n in sorted(set(names)))
+    return sent or "none", received, held + memory.argument_size_in_bytes
+
+
+def row(title, layout, spec, axis_type, axis_name=None):
+    mesh = jax.make_mesh((8,), ("devices",), axis_types=(axis_type,))
+    batch = spec[0] if len(spec) else None
+    rows = {
+        "padded": P(batch),
+        "packed": P(batch, None),
+        "ids": P(batch, "devices" if axis_name else None),
+    }[layout]
+    shape = SHAPE[:1] + {"padded": (), "packed": (16,), "ids": SHAPE[1:2]}[layout]
+    x, segments = (
+        jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(mesh, spec))
+        for shape, dtype, spec in ((SHAPE, "float32", spec), (shape, "int32", rows))
+    )
+    f = partial(reverse, layout)
+    if axis_name:
+        local = partial(reverse, layout, axis_name=axis_name)
+        f = jax.shard_map(local, mesh=mesh, in_specs=(spec, rows), out_specs=spec)
+
+    def pullback(ct, segments):  # Linear: the value of x does not matter.
+        return jax.vjp(lambda x: f(x, segments), jnp.zeros_like(ct))[1](ct)[0]
+
+    block = 4 * np.prod(SHAPE) / 8
+    cells = []
+    for g in f, pullback:
+        sent, received, held = costs(jax.jit(g).lower(x, segments).compile())
+        cells += [sent, f"{received / block:.2f}", f"{held / block:.1f}"]
+    print(f"| {title} | {' | '.join(cells)} |", flush=True)
+
+
+def main():
+    print(f"jax {jax.__version__}, x float32 {SHAPE}, 8 simulated CPU devices\n")
+    head = ["collectives", "received", "held"]
+    print(f"| sharded | {' | '.join(head)} | {' | '.join(head)} |")
+    print("|---" * 7 + "|")
+    batch, segment, feature = P("devices"), P(None, "devices"), P(None, None, "devices")
+    for kind in (AxisType.Auto, AxisType.Explicit):
+        name = kind.name.lower()
+        row(f"batch, {name}", "padded", batch, kind)
+        row(f"feature, {name}", "padded", feature, kind)
+    for layout in "padded", "packed", "ids":
+        row(f"segment, auto, {layout}", layout, segment, AxisType.Auto)
+    for layout in "padded", "packed", "ids":
+        title = f"segment, `axis_name`, {layout}"
+        row(title, layout, segment, AxisType.Auto, "devices")
+
+
+if __name__ == "__main__":
+    main()
