@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike
 
-from jax_revseg import _layout
+from jax_revseg import _compat, _layout
 from jax_revseg._layout import Integers
 from jax_revseg._lowering import clip_lengths, packed_ends
 
@@ -108,6 +108,7 @@ def unpack_segments(x: ArrayLike, lengths: Integers, *, total_length: int) -> ja
     end = packed_ends(lengths, total_length)
     start = jnp.concatenate([jnp.zeros_like(end[:1]), end[:-1]])
     t = jnp.arange(total_length, dtype=end.dtype)
+    t = _compat.pvary(t, _compat.varying(jax.typeof(end)))  # searchsorted needs it.
     row = jnp.searchsorted(end, t, side="right")
     row = jnp.minimum(row, x.shape[0] - 1)
     valid = (t < end[-1]).reshape(-1, *[1] * (x.ndim - 2))

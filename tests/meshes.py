@@ -1,0 +1,66 @@
+"""What the sharding tests share: meshes, cases of 8 rows, and the HLO's collectives."""
+
+import re
+
+import jax
+import numpy as np
+from cases import Case
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec as P
+
+# Eight rows, for a mesh of 4 by 2 devices.
+CASES = tuple(
+    Case(f"{layout}-sharded", (8, 6, 4), layout=layout, padding_id=0)
+    for layout in ("padded", "packed", "ids")
+)
+
+
+def integers(shape: tuple[int, ...], seed: int = 0) -> np.ndarray:
+    """Floats that are integers: a sum of them over devices is exact in any order."""
+    rng = np.random.default_rng(seed)
+    return rng.integers(-9, 10, shape).astype(np.float32)
+
+
+SIZES = {"a": 4, "b": 2}
+
+
+def mesh(kinds: str = "auto auto") -> Mesh:
+    """A mesh of 4 by 2 devices, axes "a" and "b", each auto or explicit."""
+    types = {"auto": AxisType.Auto, "explicit": AxisType.Explicit}
+    kind = tuple(types[kind] for kind in kinds.split())
+    return jax.make_mesh(tuple(SIZES.values()), tuple(SIZES), axis_types=kind)
+
+
+def put(mesh: Mesh, x, *spec) -> jax.Array:
+    return jax.device_put(x, NamedSharding(mesh, P(*spec)))
+
+
+def block(shape: tuple[int, ...], spec: P, at: dict[str, int]) -> tuple[slice, ...]:
+    """The part of an array that the device at these mesh coordinates holds."""
+    index = []
+    for size, names in zip(shape, (*spec, *[None] * len(shape)), strict=False):
+        first, count = 0, 1
+        for name in (names,) if isinstance(names, str) else names or ():
+            first, count = first * SIZES[name] + at[name], count * SIZES[name]
+        index.append(slice(first * size // count, (first + 1) * size // count))
+    return tuple(index)
+
+
+def by_hand(case: Case, x, segments, ct, x_spec: P, spec: P, out_spec: P):
+    """Values, and the gradient for the cotangent, device by device."""
+    y, x_bar, seen = np.zeros_like(ct), np.zeros_like(x), set()
+    for a, b in np.ndindex(*SIZES.values()):
+        at = {"a": a, "b": b}
+        i, j = block(x.shape, x_spec, at), block(segments.shape, spec, at)
+        k = block(ct.shape, out_spec, at)
+        y[k] = case.expected(x[i], segments[j])
+        if str((i, j, k)) not in seen:  # Devices that hold all the same are one.
+            x_bar[i] += case.expected(ct[k], segments[j])
+        seen.add(str((i, j, k)))
+    return y, x_bar
+
+
+def collectives(f, *operands, **jit) -> list[str]:
+    """The collective operations of the compiled program, each by its name."""
+    text = jax.jit(f, **jit).lower(*operands).compile().as_text()
+    names = "all-gather|all-reduce|all-to-all|collective-[a-z]+|reduce-scatter"
+    return re.findall(rf"\b((?:ragged-)?(?:{names})(?:-start)?)\(", text)

@@ -1,0 +1,247 @@
+"""Inside shard_map, where JAX tracks which values differ between devices.
+
+The bug that this guards against: x replicated and lengths sharded. Each device then
+reverses the same x by its own lengths, so the gradient of x is a sum over devices. A
+rule that keeps the type of x for the result loses that sum: values are right, gradients
+silently wrong.
+"""
+
+from functools import partial
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from cases import assert_same_bits
+from jax import lax
+from jax.sharding import PartitionSpec as P
+from meshes import CASES, by_hand, integers, mesh
+
+from jax_revseg import (
+    _reference,
+    pack_segments,
+    reverse_segment_order,
+    reverse_segments_p,
+    unpack_segments,
+)
+
+both = ("a", "b")
+# For x, segments and the result; and how many rows of x go with 8 rows of segments.
+SPECS = {
+    "rows": (P("a"), P("a"), P("a"), 8),
+    "rows-over-both": (P(both), P(both), P(both), 8),
+    "rows-and-features": (P("a", None, "b"), P("a"), P("a", None, "b"), 8),
+    "features": (P(None, None, "b"), P(), P(None, None, "b"), 8),
+    # The segments vary over mesh axes over which x does not:
+    "x-replicated": (P(), P("a"), P("a"), 2),
+    "x-replicated-over-both": (P(), P(both), P(both), 1),
+    "x-less-sharded": (P("a"), P(both), P(both), 4),
+    "x-features-only": (P(None, None, "b"), P("a"), P("a", None, "b"), 2),
+    "one-axis-each": (P("b"), P("a"), P(both), 4),
+}
+MESH = mesh()
+SEGMENTS = [case.segments() for case in CASES]
+two_specs = pytest.mark.parametrize("name", ("rows-and-features", "x-replicated"))
+
+
+def operands(name):
+    x, rows = integers((SPECS[name][3], 6, 4)), 16 if name == "one-axis-each" else 8
+    return x, [integers((rows, 6, 4), seed) for seed in range(len(CASES))]
+
+
+def every_case(wrapper=lambda f: f):
+    """One program for all cases: compiling it takes the time."""
+    calls = [wrapper(case.call) for case in CASES]
+    return lambda x, segments: [
+        call(x, s) for call, s in zip(calls, segments, strict=True)
+    ]
+
+
+def sharded(f, name, mesh=MESH, **more):
+    x_spec, spec, out_spec, _ = SPECS[name]
+    return jax.shard_map(
+        f, mesh=mesh, in_specs=(x_spec, spec), out_specs=out_spec, **more
+    )
+
+
+def check(f, name):
+    """Values and gradient of `f(x, segments)`, which must be the reversals."""
+    x, cts = operands(name)
+    ys, vjp = jax.vjp(lambda x: f(x, SEGMENTS), x)
+    (x_bar,), want_bar = vjp(cts), np.zeros_like(x)
+    for case, segments, y, ct in zip(CASES, SEGMENTS, ys, cts, strict=True):
+        want, share = by_hand(case, x, segments, ct, *SPECS[name][:3])
+        assert_same_bits(y, want, case.name)
+        want_bar += share
+    np.testing.assert_array_equal(x_bar, want_bar)
+
+
+@pytest.mark.parametrize("name", SPECS)
+def test_values_and_gradients(name):
+    """Wrong here: a sum over devices that is missing, or made twice."""
+    check(jax.jit(sharded(every_case(), name)), name)
+
+
+@two_specs
+def test_eager(name):
+    """Wrong here: the way of an eager call, which must not be taken on tracers."""
+    check(sharded(every_case(), name), name)
+
+
+@two_specs
+def test_unchecked(name):
+    """Wrong here: anything that needs to know what varies."""
+    check(jax.jit(sharded(every_case(), name, check_vma=False)), name)
+
+
+@pytest.mark.parametrize("kinds", ("auto auto", "explicit auto", "auto explicit"))
+@pytest.mark.parametrize("name", ("rows", "x-replicated"))
+def test_partly_manual(name, kinds):
+    """Wrong here: the mesh axis that shard_map leaves alone is taken for a manual one,
+    or an explicit sharding over it stops the index arithmetic."""
+    check(jax.jit(sharded(every_case(), name, mesh(kinds), axis_names={"a"})), name)
+
+
+def row_by_row(f):
+    return lambda x, s: lax.map(lambda row: f(row[0][None], row[1][None])[0], (x, s))
+
+
+INSIDE = {
+    "vmap": lambda f: lambda x, s: jax.vmap(lambda x, s: f(x[None], s[None])[0])(x, s),
+    "vmap-segments": lambda f: lambda x, s: jax.vmap(f, (None, 0))(x, s[None])[0],
+    "scan": lambda f: (
+        lambda x, s: lax.scan(lambda _, s: (0, f(x, s)), 0, s[None])[1][0]
+    ),
+    "map": row_by_row,
+    "remat": jax.checkpoint,
+    "cond": lambda f: (
+        lambda x, s: lax.cond(s.sum() < 0, lambda x, s: f(f(x, s), s), f, x, s)
+    ),
+    "jit": jax.jit,
+}
+
+
+@pytest.mark.parametrize("name", ("rows", "x-replicated"))
+@pytest.mark.parametrize("transform", INSIDE.values(), ids=INSIDE)
+def test_transformed_inside(name, transform):
+    check(jax.jit(sharded(every_case(transform), name)), name)
+
+
+OUTSIDE = {
+    "vmap": lambda f: lambda x, s: jax.vmap(f)(x[None], add_axis(s)),
+    "vmap-segments": lambda f: lambda x, s: jax.vmap(f, (None, 0))(x, add_axis(s)),
+    "vmap-over-axis": lambda f: (
+        lambda x, s: jax.vmap(f, (None, 0), spmd_axis_name="b")(
+            x, jax.tree.map(lambda s: jnp.stack([s, s]), s)
+        )
+    ),
+    "scan": lambda f: (
+        lambda x, s: lax.scan(lambda _, s: (0, f(x, s)), 0, add_axis(s))[1]
+    ),
+    "remat": lambda f: lambda x, s: add_axis(jax.checkpoint(f)(x, s)),
+}
+
+
+def add_axis(tree):
+    return jax.tree.map(lambda s: s[None], tree)
+
+
+@pytest.mark.parametrize("name", ("rows", "x-replicated"))
+@pytest.mark.parametrize("transform", OUTSIDE.values(), ids=OUTSIDE)
+def test_transformed_outside(name, transform):
+    call = transform(sharded(every_case(), name))
+    check(jax.jit(lambda x, s: [y[0] for y in call(x, s)]), name)
+
+
+@pytest.mark.parametrize("name", SPECS)
+def test_gradient_inside(name):
+    """Wrong here: a gradient taken on each device, which must be summed over those
+    that share one x."""
+    x, cts = operands(name)
+    x_spec, spec, out_spec, _ = SPECS[name]
+
+    @jax.jit
+    @jax.shard_map(mesh=MESH, in_specs=(x_spec, spec, out_spec), out_specs=x_spec)
+    def gradients(x, segments, cts):
+        return [
+            jax.vjp(lambda x: case.call(x, s), x)[1](ct)[0]  # noqa: B023
+            for case, s, ct in zip(CASES, segments, cts, strict=True)
+        ]
+
+    actual = gradients(x, SEGMENTS, cts)
+    for case, segments, ct, x_bar in zip(CASES, SEGMENTS, cts, actual, strict=True):
+        want = by_hand(case, x, segments, ct, *SPECS[name][:3])[1]
+        np.testing.assert_array_equal(x_bar, want, case.name)
+
+
+def test_forward_mode():
+    """Wrong here: a tangent that does not vary as its value does."""
+    x, _ = operands("x-replicated")
+    f = jax.jit(sharded(every_case(), "x-replicated"))
+    ys, tangents = jax.jvp(lambda x: f(x, SEGMENTS), (x,), (-x,))
+    for y, tangent in zip(ys, tangents, strict=True):
+        assert_same_bits(-tangent, y)
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.layout)
+@pytest.mark.parametrize("name", ("rows", "x-replicated"))
+def test_varying_result_is_not_replicated(case, name):
+    """Wrong here: out_specs=P() accepted, and one device's result taken for all."""
+    x_spec, spec, *_ = SPECS[name]
+    f = jax.shard_map(case.call, mesh=MESH, in_specs=(x_spec, spec), out_specs=P())
+    with pytest.raises(ValueError, match="replicated"):
+        f(operands(name)[0], case.segments())
+
+
+def test_bind_refuses_what_would_lose_the_sum():
+    """Wrong here: the primitive itself accepts segments that vary more than x."""
+    bind = partial(reverse_segments_p.bind, axis=1, batch_axes=(0,), layout="padded")
+    with pytest.raises(ValueError, match=r"vary over manual mesh axes \{'a'\}"):
+        sharded(bind, "x-replicated")(operands("x-replicated")[0], SEGMENTS[0])
+
+
+def test_padding_value():
+    """Wrong here: the mask that fills the padding, or the gradient beside it."""
+    x, cts = operands("x-replicated")
+    calls = every_case(lambda f: partial(f, padding_value=5.0))
+    f = jax.jit(sharded(calls, "x-replicated"))
+    ys, vjp = jax.vjp(lambda x: f(x, SEGMENTS), x)
+    (x_bar,), want_bar = vjp(cts), np.zeros_like(x)
+    for case, segments, y, ct in zip(CASES, SEGMENTS, ys, cts, strict=True):
+        assert_same_bits(y, case.expected(np.tile(x, (4, 1, 1)), segments, 5.0))
+        valid = ct * case.expected(np.ones_like(ct), segments, 0.0)
+        want_bar += by_hand(case, x, segments, valid, *SPECS["x-replicated"][:3])[1]
+    np.testing.assert_array_equal(x_bar, want_bar)
+
+
+def test_order_of_segments():
+    """Wrong here: the sums of lengths, made of values that vary and values that not."""
+    x, _ = operands("x-replicated")
+    f = jax.jit(sharded(reverse_segment_order, "x-replicated"))
+    chex.assert_trees_all_equal(
+        f(x, SEGMENTS[1]),
+        _reference.reverse_order(
+            np.tile(x, (4, 1, 1)), SEGMENTS[1], axis=1, batch_axes=(0,)
+        ),
+    )
+
+
+def test_packing():
+    """Wrong here: packing by lengths that vary where x does not, or its gradient."""
+    x, lengths = integers((6, 4)), SEGMENTS[0] // 3
+    f = jax.shard_map(
+        lambda x, n: unpack_segments(
+            pack_segments(x, n, max_length=3), n, total_length=6
+        ),
+        mesh=MESH,
+        in_specs=(P(), P("a")),
+        out_specs=P("a"),
+    )
+    y, vjp = jax.vjp(jax.jit(lambda x: f(x, lengths)), x)
+    kept = np.arange(6) < lengths.reshape(4, 2).sum(1)[:, None]
+    want = np.where(kept[..., None], x, 0).reshape(24, 4)
+    np.testing.assert_array_equal(y, want)
+    ct = integers((24, 4), 1)
+    want = (ct.reshape(4, 6, 4) * kept[..., None]).sum(0)
+    np.testing.assert_array_equal(vjp(ct)[0], want)
