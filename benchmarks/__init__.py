@@ -1,0 +1,1 @@
+"""Times beside a copy and beside other frameworks: `python -m benchmarks`."""

@@ -1,0 +1,106 @@
+"""What a call costs beside its bytes: dispatch, import, and compiling 40 of them."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from benchmarks.contenders import OURS, pasted
+from benchmarks.timing import Contender, noise, summary, take_turns
+from jax_revseg import reverse_sequence
+from tests.cases import Case
+
+CALLS = 40
+FLIP = "jnp.flip"
+IMPORT = """
+import time, jax
+start = time.perf_counter()
+import jax_revseg
+print(time.perf_counter() - start)
+"""
+
+
+def measure(options: Any) -> dict[str, Any]:
+    """Small arrays, so that the call is all that there is to time."""
+    with jax.default_device(options.device):
+        x, lengths = jnp.ones((4, 16, 8)), jnp.array([3, 0, 16, 7])
+
+        def flip(x: jax.Array, lengths: jax.Array) -> jax.Array:
+            return jnp.flip(x, 1)
+
+        def contender(name: str, function: Any, regime: str) -> Contender:
+            def run(n: int) -> jax.Array:
+                for _ in range(n):
+                    out = function(x, lengths)
+                return out.block_until_ready()
+
+            return Contender(name, run, regime)
+
+        samples = take_turns(
+            [
+                contender(FLIP, flip, "eager"),
+                contender(OURS, reverse_sequence, "eager"),
+                contender(FLIP, jax.jit(flip), "jitted"),
+                contender(FLIP + ", again", jax.jit(flip), "jitted"),
+                contender(OURS, jax.jit(reverse_sequence), "jitted"),
+            ],
+            options.seconds,
+            options.least_rounds,
+        )
+        return {
+            "noise": noise(
+                *(samples[n, "jitted", "forward"] for n in (FLIP, FLIP + ", again"))
+            ),
+            "times": summary(samples, lambda key: {FLIP: (FLIP, *key[1:])}),
+            "import": _import(options.least_rounds),
+            f"{CALLS} calls": _many_calls(options.least_rounds),
+        }
+
+
+def _quartiles(values: list[float]) -> dict[str, Any]:
+    low, median, high = np.quantile(values, [0.25, 0.5, 0.75]).round(5).tolist()
+    return {"seconds": median, "quartiles": [low, high]}
+
+
+def _import(times: int) -> dict[str, Any]:
+    """What `import jax_revseg` adds to `import jax`, each in a process of its own."""
+    runs = [
+        subprocess.run(
+            [sys.executable, "-c", IMPORT], capture_output=True, text=True, check=True
+        )
+        for _ in range(times)
+    ]
+    return _quartiles([float(run.stdout) for run in runs])
+
+
+def _many_calls(times: int) -> dict[str, Any]:
+    """Calls that feed each other, as layers do, beside pastes of the snippet."""
+    case = Case("many", (8, 128, 16))
+    x, lengths = jnp.ones(case.shape), jnp.full(8, 100)
+
+    def lower(function: Callable[..., jax.Array]) -> Any:
+        def many(x: jax.Array, lengths: jax.Array) -> jax.Array:
+            for _ in range(CALLS):
+                x = -function(x, lengths)
+            return x
+
+        return jax.jit(many).lower(x, lengths)
+
+    functions = {OURS: case.call, "take_along_axis": pasted(case)}
+    found: dict[str, Any] = {}
+    seconds: dict[str, list[float]] = {name: [] for name in functions}
+    for _ in range(times):
+        for name, function in functions.items():
+            start = time.perf_counter()
+            lowered = lower(function)
+            lowered.compile()
+            seconds[name].append(time.perf_counter() - start)
+            found[name] = {"stablehlo_bytes": len(lowered.as_text())}
+    return {name: found[name] | _quartiles(seconds[name]) for name in functions}
