@@ -19,9 +19,8 @@ def arguments():
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--devices", type=int, default=8, help="simulated devices")
     parser.add_argument("--length", type=int, default=4096, help="of each row")
-    parser.add_argument("--quick", action="store_true", help="a length of 1024")
+    parser.add_argument("--quick", dest="length", action="store_const", const=1024)
     args = parser.parse_args()
-    args.length = 1024 if args.quick else args.length
     if args.length % args.devices:
         parser.error(f"--length {args.length} must be a multiple of {args.devices}")
     return args
@@ -87,7 +86,7 @@ def measure(f, *operands):
     kinds = re.findall(r" (all-[a-z-]+|collective-permute)\(", compiled.as_text())
     sent = ", ".join(f"{kinds.count(kind)} {kind}" for kind in sorted(set(kinds)))
     times = []
-    for _ in range(3):
+    for _ in range(2):
         start = time.perf_counter()
         result = jax.block_until_ready(compiled(*operands))
         times.append(time.perf_counter() - start)
@@ -112,7 +111,7 @@ def main():
         jax.device_put(operand, NamedSharding(mesh, spec))
         for operand, spec in ((params, whole), (x, blocks), (lengths, whole))
     ]
-    on_one = partial(run, lambda decay, x: recurrence(decay, x)[1])
+    on_one = partial(run, lambda *args: recurrence(*args)[1])
     several = f"{ARGS.devices} devices"
     programs = {
         "1 device": (on_one, (params, x, lengths)),
