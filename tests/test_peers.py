@@ -173,4 +173,5 @@ def test_numpy():
             out[tuple(at)] = np.flip(x[tuple(at)], case.axis)
         return out
 
-    assert len(accepted(call, COMMON, ())) == len(COMMON)
+    cases = [case for case in COMMON if case in PADDED]
+    assert len(accepted(call, cases, ())) == len(cases)
