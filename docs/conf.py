@@ -46,6 +46,7 @@ nitpick_ignore_regex = [
 ]
 
 html_theme = "furo"
+pygments_dark_style = "github-dark"
 html_title = f"jax_revseg {release}"
 html_static_path = ["_static"]
 html_css_files = ["site.css"]
