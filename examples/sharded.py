@@ -112,11 +112,10 @@ def main():
         for operand, spec in ((params, whole), (x, blocks), (lengths, whole))
     ]
     on_one = partial(run, lambda *args: recurrence(*args)[1])
-    several = f"{ARGS.devices} devices"
     programs = {
         "1 device": (on_one, (params, x, lengths)),
-        f"{several}, no axis_name": (on_one, on_mesh),
-        f"{several}, axis_name": (sharded, on_mesh),
+        f"{ARGS.devices} devices, no axis_name": (on_one, on_mesh),
+        f"{ARGS.devices} devices, axis_name": (sharded, on_mesh),
     }
     expected, rows = None, []
     for name, (f, operands) in programs.items():
