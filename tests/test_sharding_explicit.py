@@ -1,0 +1,233 @@
+"""Mesh axes of type Explicit: the sharding is part of the type, and checked.
+
+The result must carry what `add` would give it, the gradient the sharding of x, and both
+the right values: a wrong replication passes any test that looks at shapes alone.
+"""
+
+import contextlib
+import re
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from cases import assert_same_bits
+from jax.sharding import PartitionSpec as P
+from meshes import CASES, integers, mesh, put
+
+from jax_revseg import (
+    _reference,
+    reverse_segment_order,
+    reverse_segments,
+    reverse_segments_p,
+    reverse_sequence,
+)
+
+MESH = mesh("explicit explicit")
+SHAPE = CASES[0].shape
+SEGMENTS = [case.segments() for case in CASES]
+both = ("a", "b")
+# The shardings of x, of the rows of segments, and of the result.
+SPECS = {
+    "rows": (("a", None, None), "a", ("a", None, None)),
+    "features": ((None, None, "a"), None, (None, None, "a")),
+    "both": (("a", None, "b"), "a", ("a", None, "b")),
+    "rows-over-both": ((both, None, None), both, (both, None, None)),
+    "segments-only": ((None, None, None), "a", ("a", None, None)),
+    "segments-and-features": ((None, None, "b"), "a", ("a", None, "b")),
+    "x-only": (("a", None, "b"), None, ("a", None, "b")),
+}
+each_spec = pytest.mark.parametrize("name", SPECS)
+
+
+def spec_of(x):
+    """The sharding in one way of writing: with every axis, and no tuple of one."""
+    spec = [
+        s[0] if isinstance(s, tuple) and len(s) == 1 else s for s in x.sharding.spec
+    ]
+    return (*spec, *[None] * (x.ndim - len(spec)))
+
+
+def operands(mesh, name):
+    x_spec, rows, out_spec = SPECS[name]
+    x = put(mesh, integers(SHAPE), *x_spec)
+    segments = [put(mesh, s, rows, *[None] * (s.ndim - 1)) for s in SEGMENTS]
+    cts = [put(mesh, integers(SHAPE, i), *out_spec) for i in range(len(CASES))]
+    return [x] * len(CASES), segments, cts
+
+
+def calls(xs, segments, **more):
+    """All cases in one program: compiling takes the time."""
+    return [
+        case.call(x, s, **more) for case, x, s in zip(CASES, xs, segments, strict=True)
+    ]
+
+
+def values_and_gradients(f, xs, segments, cts):
+    ys, vjp = jax.vjp(lambda xs: f(xs, segments), xs)
+    return zip(CASES, SEGMENTS, map(np.asarray, cts), ys, *vjp(cts), strict=True)
+
+
+@each_spec
+@pytest.mark.parametrize("how", ("jit", "eager", "jit-without-mesh"))
+def test_values_and_gradients(name, how):
+    """Wrong here: another sharding than `add` gives, or rows exchanged on the way."""
+    xs, segments, cts = operands(MESH, name)
+    f = calls if how == "eager" else jax.jit(calls)
+    with contextlib.nullcontext() if how == "jit-without-mesh" else jax.set_mesh(MESH):
+        results = values_and_gradients(f, xs, segments, cts)
+    for case, s, ct, y, x_bar in results:
+        assert_same_bits(y, case.expected(integers(SHAPE), s), case.name)
+        assert_same_bits(x_bar, case.expected(ct, s), case.name)
+        assert (spec_of(y), spec_of(x_bar)) == (SPECS[name][2], SPECS[name][0])
+
+
+@pytest.mark.parametrize("name", ("both", "segments-and-features"))
+def test_padding_value(name):
+    """Wrong here: a mask that is sharded otherwise than what it selects from."""
+    xs, segments, cts = operands(MESH, name)
+    f = jax.jit(partial(calls, padding_value=5.0))
+    with jax.set_mesh(MESH):
+        results = values_and_gradients(f, xs, segments, cts)
+    for case, s, ct, y, x_bar in results:
+        assert_same_bits(y, case.expected(integers(SHAPE), s, 5.0), case.name)
+        valid = case.expected(np.ones(SHAPE, np.float32), s, 0.0)
+        np.testing.assert_array_equal(x_bar, case.expected(valid * ct, s))
+        assert (spec_of(y), spec_of(x_bar)) == (SPECS[name][2], SPECS[name][0])
+
+
+@pytest.mark.parametrize("kinds", ("explicit auto", "auto explicit"))
+@pytest.mark.parametrize("name", ("both", "segments-only", "segments-and-features"))
+def test_mixed_mesh(name, kinds):
+    """Wrong here: an auto axis treated as an explicit one, or the other way round."""
+    xs, segments, cts = operands(mesh(kinds), name)
+    with jax.set_mesh(xs[0].sharding.mesh):
+        results = values_and_gradients(jax.jit(calls), xs, segments, cts)
+    for case, s, ct, y, x_bar in results:
+        assert_same_bits(y, case.expected(integers(SHAPE), s), case.name)
+        assert_same_bits(x_bar, case.expected(ct, s), case.name)
+        explicit = "a" if kinds == "explicit auto" else "b"
+        kept = tuple(n if n == explicit else None for n in SPECS[name][2])
+        assert tuple(jax.typeof(y).sharding.spec) == kept
+
+
+@pytest.mark.parametrize("jit", (True, False), ids=("jit", "eager"))
+@pytest.mark.parametrize("name", ("both", "segments-and-features"))
+def test_vmap_over_a_sharded_axis(name, jit):
+    """Wrong here: the mapped axis put in another place than its sharding."""
+    xs, segments, cts = operands(MESH, name)
+    x_axis = 0
+    if name == "segments-and-features":  # Only the segments are mapped.
+        xs, x_axis = [x[0] for x in xs], None
+
+    def rows(xs, segments):
+        return [
+            jax.vmap(lambda x, s: case.call(x[None], s[None])[0], (x_axis, 0))(x, s)  # noqa: B023
+            for case, x, s in zip(CASES, xs, segments, strict=True)
+        ]
+
+    f = jax.jit(rows) if jit else rows
+    with jax.set_mesh(MESH):
+        results = values_and_gradients(f, xs, segments, cts)
+    for case, s, ct, y, x_bar in results:
+        want, want_bar = np.broadcast_to(xs[0], SHAPE), case.expected(ct, s)
+        assert_same_bits(y, case.expected(want, s), case.name)
+        want_bar = want_bar.sum(0) if x_axis is None else want_bar
+        np.testing.assert_array_equal(x_bar, want_bar, case.name)
+        assert (spec_of(y), spec_of(x_bar)) == (SPECS[name][2], spec_of(xs[0]))
+
+
+def test_vmap_over_a_sharded_feature():
+    x = put(MESH, integers(SHAPE), "a", None, "b")
+    segments = put(MESH, SEGMENTS[0], "a")
+    f = jax.vmap(reverse_sequence, (2, None), 2)
+    with jax.set_mesh(MESH):
+        y = jax.jit(f)(x, segments)
+    assert_same_bits(y, CASES[0].expected(integers(SHAPE), SEGMENTS[0]))
+    assert spec_of(y) == ("a", None, "b")
+
+
+@pytest.mark.parametrize("jit", (True, False), ids=("jit", "eager"))
+def test_order_of_segments(jit):
+    """Wrong here: the sums of lengths, or the sharding of the reversed lengths."""
+    f = jax.jit(reverse_segment_order) if jit else reverse_segment_order
+    want = _reference.reverse_order(
+        integers(SHAPE), SEGMENTS[1], axis=1, batch_axes=(0,)
+    )
+    for x_spec in (("a", None, "b"), (None, None, "b")):
+        x = put(MESH, integers(SHAPE), *x_spec)
+        with jax.set_mesh(MESH):
+            y, lengths = f(x, put(MESH, SEGMENTS[1], "a", None))
+        np.testing.assert_array_equal(y, want[0])
+        np.testing.assert_array_equal(lengths, want[1])
+        assert (spec_of(y), spec_of(lengths)) == (("a", None, "b"), ("a", None))
+
+
+def test_other_operands():
+    """Wrong here: host lengths, offsets or a bare bind on a sharded array."""
+    x, case = put(MESH, integers(SHAPE), "a", None, "b"), CASES[1]
+    lengths = SEGMENTS[1]
+    offsets = np.concatenate([0 * lengths[:, :1], lengths.cumsum(-1)], -1)
+    want = case.expected(integers(SHAPE), lengths)
+    with jax.set_mesh(MESH):
+        on_device = put(MESH, lengths, "a", None)
+        outs = [
+            reverse_segments(x, lengths),
+            jax.jit(lambda x: reverse_segments(x, lengths))(x),
+            reverse_segments(x, cu_seqlens=put(MESH, offsets, "a", None)),
+            reverse_segments_p.bind(
+                x, on_device, axis=1, batch_axes=(0,), layout="packed"
+            ),
+        ]
+        with jax.disable_jit():
+            outs.append(reverse_segments(x, on_device))
+    for y in outs:
+        assert_same_bits(y, want)
+        assert spec_of(y) == ("a", None, "b")
+
+
+@pytest.mark.parametrize("jit", (True, False), ids=("jit", "eager"))
+@pytest.mark.parametrize(
+    "x_spec, rows, message",
+    (
+        ((None, "b", None), (None,), r"axis 1 of x, the segment axis, .* 'b'.*reshard"),
+        (
+            (None, both, None),
+            (None,),
+            r"axis 1 of x.*\('a', 'b'\).*axis_name=\('a', 'b'",
+        ),
+        (("a", None, None), ("b",), r"axis 0 of the lengths.*'b'.*\('a', None, None\)"),
+        (
+            ("a", None, None),
+            (both,),
+            r"axis 0 .*\('a', 'b'\), but .*\('a', None, None\)",
+        ),
+        ((None, None, "a"), ("a",), r"axis 0 .* 'a', but x, .*\(None, None, 'a'\)"),
+        ((None, None, None), (None, "a"), r"axis 1 of the lengths.* 'a', but it runs"),
+    ),
+)
+def test_errors(x_spec, rows, message, jit):
+    """Wrong here: data replicated in silence, or an error that names no remedy."""
+    x = put(MESH, jnp.zeros((8, 8, 4)), *x_spec)
+    lengths = put(MESH, np.zeros((8, 4)[: len(rows)], int), *rows)
+    f = reverse_sequence if len(rows) == 1 else reverse_segments
+    with jax.set_mesh(MESH), pytest.raises(ValueError, match=re.compile(message, re.S)):
+        (jax.jit(f) if jit else f)(x, lengths)
+
+
+def test_partial_sums():
+    """Wrong here: `unreduced` dropped from the type, so that a sum is never made."""
+    rows = put(MESH, integers((8, 4)), "a", "b")
+    steps = put(MESH, integers((4, 6), 1), "b", None)
+
+    @jax.jit
+    def product(rows, steps):
+        x = jnp.einsum("nb,bt->nt", rows, steps, out_sharding=P("a", unreduced={"b"}))
+        return reverse_sequence(x, SEGMENTS[0])
+
+    with (
+        jax.set_mesh(MESH),
+        pytest.raises(ValueError, match="x has sharding .*unreduced.*re"),
+    ):
+        product(rows, steps)
