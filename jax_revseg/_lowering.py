@@ -11,6 +11,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from jax_revseg._boundaries import reverse_between, to_words
+
 
 def position_dtype(size: int) -> jnp.dtype:
     """The dtype of positions and lengths on an axis of this size, symbolic or not."""
@@ -39,9 +41,14 @@ def clip_lengths(lengths: jax.Array, size: int) -> jax.Array:
 
 def packed_sums(lengths: jax.Array, size: int) -> jax.Array:
     """The running sum of packed lengths: exact up to `size`, then above `size`."""
-    # The sum of K lengths may pass 2**32 and wrap. The first sum that passes `size` has
-    # not wrapped yet, and the running maximum keeps it.
-    sums = lax.cumsum(clip_lengths(lengths, size).astype(jnp.uint32), lengths.ndim - 1)
+    count = lengths.shape[-1]
+    lengths = clip_lengths(lengths, size).astype(jnp.uint32)
+    sums = lax.cumsum(lengths, lengths.ndim - 1)
+    if isinstance(count, int) and isinstance(size, int) and count * size < 2**32:
+        return sums
+    # A sum that is less than its last term has wrapped, for the first time well past
+    # `size`; from there on the running maximum keeps the largest number.
+    sums = jnp.maximum(sums, -(sums < lengths).astype(jnp.uint32))
     return lax.cummax(sums, lengths.ndim - 1)
 
 
@@ -52,29 +59,60 @@ def packed_ends(lengths: jax.Array, size: int) -> jax.Array:
     return ends.astype(position_dtype(size))
 
 
+def _padded_index(lengths, size):
+    end = clip_lengths(lengths, size)[..., None]
+    t = lax.broadcasted_iota(end.dtype, (*lengths.shape, size), lengths.ndim)
+    return t + (t < end).astype(t.dtype) * (end - 1 - 2 * t)
+
+
+def _packed_index(lengths, size):
+    last = lengths.ndim - 1
+    rows = tuple(range(last))
+    ends = packed_ends(lengths, size).astype(jnp.uint32)
+    starts = lax.pad(ends, jnp.uint32(0), [(0, 0, 0)] * last + [(1, -1, 0)])
+    # The starts of segments that are not empty differ, so that adding sets their bits.
+    words = lax.scatter_add(
+        jnp.zeros_like(ends, shape=(*lengths.shape[:-1], size // 32 + 1)),
+        starts[..., None] >> 5,
+        (starts < ends).astype(jnp.uint32) << (starts & 31),
+        lax.ScatterDimensionNumbers(
+            update_window_dims=(),
+            inserted_window_dims=(last,),
+            scatter_dims_to_operand_dims=(last,),
+            operand_batching_dims=rows,
+            scatter_indices_batching_dims=rows,
+        ),
+        mode="promise_in_bounds",
+    )
+    word = lax.broadcasted_iota(jnp.uint32, words.shape, last)
+    tail = ends[..., -1:]
+    for edge in (jnp.uint32(0), tail, jnp.asarray(size, jnp.uint32)):
+        words |= (word == edge >> 5).astype(jnp.uint32) << (edge & 31)
+    index = reverse_between(words, size)
+    t = lax.broadcasted_iota(jnp.uint32, index.shape, last)
+    return t + (t < tail).astype(t.dtype) * (index - t)
+
+
+def _ids_index(ids, size, padding_id):
+    last = ids.ndim - 1
+    side = [(0, 0, 0)] * last
+    zero = jnp.zeros((), ids.dtype)
+    before = lax.pad(ids, zero, [*side, (1, 0, 0)])
+    after = lax.pad(ids, zero, [*side, (0, 1, 0)])
+    t = lax.broadcasted_iota(jnp.uint32, before.shape, last)
+    starts = (before != after) | (t == 0) | (t == jnp.asarray(size, jnp.uint32))
+    if padding_id is not None:  # Each position of padding is a segment of its own.
+        starts |= after == padding_id
+    return reverse_between(to_words(starts), size)
+
+
 def source_index(segments: jax.Array, size: int, layout: str, padding_id: int | None):
     """For each row and position, the position that it reads: `(*batch, size)`."""
-    batch = segments.shape if layout == "padded" else segments.shape[:-1]
-    t = lax.broadcasted_iota(position_dtype(size), (*batch, size), len(batch))
     if layout == "padded":
-        end = clip_lengths(segments, size)[..., None]
-        return t + (t < end) * (end - 1 - 2 * t)
+        return _padded_index(segments, size)
     if layout == "packed":
-        ends = packed_ends(segments, size)
-        starts = jnp.concatenate([jnp.zeros_like(ends[..., :1]), ends[..., :-1]], -1)
-        k = jnp.sum(t[..., None] >= ends[..., None, :], -1)
-        end = jnp.take_along_axis(ends, k, -1, mode="clip")
-        start = jnp.take_along_axis(starts, k, -1, mode="clip")
-        return jnp.where(t < ends[..., -1:], start + end - 1 - t, t)
-    changes = segments[..., 1:] != segments[..., :-1]
-    if padding_id is not None:
-        changes |= segments[..., 1:] == padding_id
-    edge = jnp.ones_like(changes, shape=(*batch, 1))
-    is_start = jnp.concatenate([edge, changes], -1)
-    is_end = jnp.concatenate([changes, edge], -1)
-    start = lax.cummax(jnp.where(is_start, t, 0), len(batch))
-    end = lax.cummin(jnp.where(is_end, t, size - 1), len(batch), reverse=True)
-    return start + end - t
+        return _packed_index(segments, size)
+    return _ids_index(segments, size, padding_id)
 
 
 def padding_mask(
@@ -86,7 +124,9 @@ def padding_mask(
     if layout == "padded":
         end = clip_lengths(segments, size)[..., None]
     else:
-        end = packed_ends(segments, size)[..., -1:]
+        side = [(0, 0, 0)] * (segments.ndim - 1)
+        end = packed_ends(segments, size)
+        end = lax.pad(end, jnp.zeros((), end.dtype), [*side, (1, 0, 0)])[..., -1:]
     return lax.broadcasted_iota(end.dtype, (*end.shape[:-1], size), end.ndim - 1) >= end
 
 
@@ -100,6 +140,77 @@ def align(
     return lax.expand_dims(lax.transpose(values, order), others)
 
 
+def _as_integers(x: jax.Array) -> jax.Array:
+    # XLA may handle small floats in a wider format, which changes the payload of NaNs.
+    if jnp.issubdtype(x.dtype, jnp.floating) and x.dtype.itemsize <= 2:
+        return lax.bitcast_convert_type(x, f"uint{jnp.finfo(x.dtype).bits}")
+    return x
+
+
+def _gather(x, index, axis, rows, window):
+    """Gathers by an index of shape `(rows, axis, 1)`, or `(rows, 1)` for a window."""
+    indexed = sorted((*rows, *(() if window else (axis,))))
+    return lax.gather(
+        x,
+        index,
+        lax.GatherDimensionNumbers(
+            offset_dims=tuple(a for a in range(x.ndim) if a not in indexed),
+            collapsed_slice_dims=() if window else (axis,),
+            start_index_map=(axis,),
+            operand_batching_dims=tuple(rows),
+            start_indices_batching_dims=tuple(indexed.index(a) for a in rows),
+        ),
+        slice_sizes=tuple(
+            1 if a in indexed else n // 2 if a == axis else n
+            for a, n in enumerate(x.shape)
+        ),
+        mode="promise_in_bounds",
+    )
+
+
+def _reverse_rows(x, segments, axis, batch_axes, layout, padding_id):
+    """Indices for the batch axes and the segment axis, everything else in one piece."""
+    index = source_index(segments, x.shape[axis], layout, padding_id)
+    index = align(index, x.ndim, axis, batch_axes)
+    indexed = sorted((*batch_axes, axis))
+    index = index.reshape(*(x.shape[a] for a in indexed), 1)
+    return _gather(x, index, axis, sorted(batch_axes), window=False)
+
+
+def _reverse_windows(x, lengths, axis, batch_axes):
+    """The same for one segment a row, by one index a row instead of one a position.
+
+    Padded by its own size on the left, a row's first `length` positions are the end of
+    the window that starts at `length`; reversed, the window starts with them. Nothing
+    of this is written to memory, and a CPU reads windows as vectors, where it reads
+    indexed single elements one by one.
+    """
+    size = x.shape[axis]
+    order = sorted(range(lengths.ndim), key=batch_axes.__getitem__)
+    starts = lax.transpose(clip_lengths(lengths, size), order)[..., None]
+
+    def window(values):
+        padding = [(size if a == axis else 0, 0, 0) for a in range(x.ndim)]
+        values = lax.pad(values, jnp.zeros((), values.dtype), padding)
+        values = _gather(values, starts, axis, sorted(batch_axes), window=True)
+        return lax.rev(values, (axis,))
+
+    # The mask goes through the same window: one comparison then serves for both.
+    return lax.select(window(jnp.ones_like(x, dtype=bool)), window(x), x)
+
+
+def _single_elements(x: jax.Array, axis: int) -> bool:
+    """Whether neighbours on `axis` are neighbours in memory, for `_reverse_windows`."""
+    # Keys cannot be padded, and a window needs twice the positions.
+    size = x.shape[axis]
+    return (
+        not jnp.issubdtype(x.dtype, jax.dtypes.extended)
+        and all(n == 1 for n in x.shape[axis + 1 :])
+        and isinstance(size, int)
+        and size < 2**31
+    )
+
+
 def reverse_gather(
     x: jax.Array,
     segments: jax.Array,
@@ -108,25 +219,15 @@ def reverse_gather(
     batch_axes: tuple[int, ...],
     layout: str,
     padding_id: int | None = None,
+    windows: bool = False,
 ) -> jax.Array:
-    """Gathers `x` along `axis`; indices cover the batch axes and the segment axis."""
-    if 0 in x.shape:  # A gather cannot have an empty axis before JAX 0.8.
+    """Gathers `x` along `axis`; with `windows`, single elements in padded rows too."""
+    # A gather cannot have an empty axis before JAX 0.8.
+    if 0 in x.shape or (layout == "packed" and segments.shape[-1] == 0):
         return x
-    index = source_index(segments, x.shape[axis], layout, padding_id)
-    axes = sorted((*batch_axes, axis))
-    rows = sorted(batch_axes)
-    index = align(index, x.ndim, axis, batch_axes)
-    index = index.reshape(*(x.shape[a] for a in axes), 1)
-    return lax.gather(
-        x,
-        index,
-        lax.GatherDimensionNumbers(
-            offset_dims=tuple(a for a in range(x.ndim) if a not in axes),
-            collapsed_slice_dims=(axis,),
-            start_index_map=(axis,),
-            operand_batching_dims=tuple(rows),
-            start_indices_batching_dims=tuple(axes.index(a) for a in rows),
-        ),
-        slice_sizes=tuple(1 if a in axes else n for a, n in enumerate(x.shape)),
-        mode="promise_in_bounds",
-    )
+    bits = _as_integers(x)
+    if windows and layout == "padded" and _single_elements(x, axis):
+        out = _reverse_windows(bits, segments, axis, batch_axes)
+    else:
+        out = _reverse_rows(bits, segments, axis, batch_axes, layout, padding_id)
+    return out if bits is x else lax.bitcast_convert_type(out, x.dtype)

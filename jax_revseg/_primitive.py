@@ -1,6 +1,8 @@
 """The primitive `reverse_segments` and its rules; the registrations stand last.
 
-    reverse_segments_p.bind(x, segments, axis=, batch_axes=, layout=, padding_id=)
+    reverse_segments_p.bind(
+        x, segments, axis=, batch_axes=, layout=, padding_id=, implementation=
+    )
 
 `segments` has shape `[x.shape[a] for a in batch_axes]`, followed by nothing for the
 layout "padded" (lengths), by `(K,)` for "packed" (lengths) and by `(T,)` for "ids".
@@ -15,6 +17,7 @@ derivative rule is the same bind on another operand.
 from __future__ import annotations
 
 from functools import partial
+from typing import Literal, get_args
 
 import jax
 import jax.numpy as jnp
@@ -25,9 +28,15 @@ from jax_revseg._compat import ad, batching, mlir
 from jax_revseg._lowering import packed_sums, reverse_gather
 
 LAYOUTS = {"padded": 0, "packed": 1, "ids": 1}  # Axes of `segments` after the batch.
+Implementation = Literal["xla", "pallas"]
 
 
-def _check(x, segments, axis, batch_axes, layout):
+def _check(x, segments, axis, batch_axes, layout, implementation):
+    if implementation not in get_args(Implementation):
+        raise ValueError(
+            f"reverse_segments: implementation is {implementation!r}; use one of "
+            f"{get_args(Implementation)}."
+        )
     if layout not in LAYOUTS:
         raise ValueError(
             f"reverse_segments_p: layout is {layout!r}; use one of {tuple(LAYOUTS)}."
@@ -116,9 +125,9 @@ def _merged_spec(x, segments, axis, batch_axes, **layout):
 
 
 def _reverse_segments_abstract_eval(
-    x, segments, *, axis, batch_axes, layout, padding_id=None
+    x, segments, *, axis, batch_axes, layout, padding_id=None, implementation="xla"
 ):
-    _check(x, segments, axis, batch_axes, layout)
+    _check(x, segments, axis, batch_axes, layout, implementation)
     missing = _compat.varying(segments) - _compat.varying(x)
     if missing:
         # Were x's own type returned here, shard_map would take a result that differs
@@ -202,24 +211,50 @@ def _reverse_segments_checkify(x, segments, *, axis, layout, **_):
     return jnp.any(bad), message, {"value": segments.ravel()[first], **row}
 
 
-@partial(jax.jit, static_argnames=("axis", "batch_axes", "layout", "padding_id"))
+@partial(
+    jax.jit, static_argnames=("axis", "batch_axes", "layout", "padding_id", "windows")
+)
 def _reverse_gather(x, segments, **params):
     # One function in the module for any number of calls with these shapes.
     return reverse_gather(x, segments, **params)
 
 
-def _reverse_segments_lowering(ctx, x, segments, **params):
+def _lower(fun, ctx, x, segments):
     # Under explicit sharding the arithmetic on indices would be checked like a user's
     # own, and each operation given a sharding. Let the compiler see to the inside; the
     # outside is what abstract evaluation promised.
-    gather = _compat.automatic(partial(_reverse_gather, **params), ctx.avals_out[0])
-    return mlir.lower_fun(gather, multiple_results=False)(ctx, x, segments)
+    fun = _compat.automatic(fun, ctx.avals_out[0])
+    return mlir.lower_fun(fun, multiple_results=False)(ctx, x, segments)
+
+
+def _reverse_segments_lowering(ctx, x, segments, *, implementation="xla", **params):
+    return _lower(partial(_reverse_gather, **params), ctx, x, segments)
+
+
+def _reverse_segments_tpu_lowering(ctx, x, segments, *, implementation="xla", **params):
+    if implementation == "pallas" and _compat.is_local(ctx):
+        # Pallas takes longer to import than all the rest, and few will need it.
+        from jax_revseg import _kernel_tpu
+
+        axes = {name: params[name] for name in ("axis", "batch_axes")}
+        if plan := _kernel_tpu.plan(ctx.avals_in[0], **axes):
+            kernel = partial(_kernel_tpu.reverse, plan=plan, **params)
+            return _lower(kernel, ctx, x, segments)
+    return _reverse_segments_lowering(ctx, x, segments, windows=True, **params)
 
 
 reverse_segments_p = _compat.Primitive("reverse_segments")
 reverse_segments_p.def_impl(partial(_compat.apply_primitive, reverse_segments_p))
 reverse_segments_p.def_abstract_eval(_reverse_segments_abstract_eval)
 mlir.register_lowering(reverse_segments_p, _reverse_segments_lowering)
+mlir.register_lowering(
+    reverse_segments_p,
+    partial(_reverse_segments_lowering, windows=True),
+    platform="cpu",
+)
+mlir.register_lowering(
+    reverse_segments_p, _reverse_segments_tpu_lowering, platform="tpu"
+)
 ad.defjvp(reverse_segments_p, _reverse_segments_jvp, None)
 ad.primitive_transposes[reverse_segments_p] = _reverse_segments_transpose
 batching.fancy_primitive_batchers[reverse_segments_p] = _reverse_segments_batching

@@ -1,0 +1,108 @@
+"""The source index of any segmentation, from the bits that mark where segments start.
+
+A position needs the last boundary at or before it and the first one after it. With 32
+positions to a word, both are arithmetic on the position's own word, or else the same
+for all positions of that word; and that is the same question again, asked of the words
+that are not empty. So the answer is a search tree of degree 32: no sequential step, no
+cost per segment, and nothing in it longer than 1/32 of the segment axis.
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+_WORD = jnp.uint32  # Of bits, and of positions: the latter are exact modulo 2**32.
+
+
+def _iota(shape, dimension: int) -> jax.Array:
+    return lax.broadcasted_iota(_WORD, shape, dimension)
+
+
+def _last_bit(word: jax.Array) -> jax.Array:
+    return 31 - lax.clz(word)
+
+
+def _first_bit(word: jax.Array) -> jax.Array:
+    return _last_bit(word & (0 - word))
+
+
+def to_words(bits: jax.Array) -> jax.Array:
+    """Packs booleans `(..., M)` into words `(..., ceil(M / 32))`, lowest bit first."""
+    size = bits.shape[-1]
+    count = (size + 31) // 32
+    padding = [(0, 0, 0)] * (bits.ndim - 1) + [(0, 32 * count - size, 0)]
+    bits = lax.pad(bits.astype(_WORD), _WORD(0), padding)
+    bits = bits.reshape(*bits.shape[:-1], count, 32)
+    return jnp.sum(bits << _iota(bits.shape, bits.ndim - 1), -1, dtype=_WORD)
+
+
+def _take(values: jax.Array, index: jax.Array) -> jax.Array:
+    last = values.ndim - 1
+    rows = tuple(range(last))
+    numbers = lax.GatherDimensionNumbers(
+        offset_dims=(),
+        collapsed_slice_dims=(last,),
+        start_index_map=(last,),
+        operand_batching_dims=rows,
+        start_indices_batching_dims=rows,
+    )
+    index = index[..., None]
+    return lax.gather(values, index, numbers, (1,) * values.ndim, mode="clip")
+
+
+def _running_max(values: jax.Array) -> jax.Array:
+    """By doubling: it takes a symbolic size and puts no custom call in an export."""
+    at = _iota(values.shape, values.ndim - 1)
+
+    def step(i, values):
+        step = _WORD(1) << i.astype(_WORD)
+        return jnp.maximum(values, _take(values, at - jnp.minimum(at, step)))
+
+    return lax.fori_loop(0, 27, step, values)  # 2**27 words mark 2**32 positions.
+
+
+def _around_words(words: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """For each word, the last set position before it and the first after it."""
+    count, last = words.shape[-1], words.ndim - 1
+    if isinstance(count, int) and count == 1:
+        return jnp.zeros_like(words), jnp.zeros_like(words)
+    first = 32 * _iota(words.shape, last)
+    low, high = first + _first_bit(words), first + _last_bit(words)
+    if isinstance(count, int):
+        before, after = _around_bits(to_words(words != 0), inclusive=False)
+        return _take(high, before[..., :count]), _take(low, after[..., :count])
+    side = [(0, 0, 0)] * last
+    before = jnp.where(words != 0, high, 0)
+    before = _running_max(lax.pad(before, _WORD(0), [*side, (1, -1, 0)]))
+    after = lax.rev(jnp.where(words != 0, ~low, 0), (last,))
+    after = ~_running_max(lax.pad(after, _WORD(0), [*side, (1, -1, 0)]))
+    return before, lax.rev(after, (last,))
+
+
+def _around_bits(words: jax.Array, *, inclusive: bool) -> tuple[jax.Array, jax.Array]:
+    """For each position, the last set one before (or at) it and the first after it."""
+    before, after = _around_words(words)
+    if inclusive:
+        # Else a GPU would walk the whole tree for every element that it copies.
+        before, after = lax.optimization_barrier((before, after))
+    shape = (*words.shape, 32)
+    first, bit = _iota(shape, len(shape) - 2) * 32, _iota(shape, len(shape) - 1)
+    upto = (_WORD(2) << bit) - 1
+    below = words[..., None] & (upto if inclusive else upto >> 1)
+    above = words[..., None] & ~upto
+    before = jnp.where(below != 0, first + _last_bit(below), before[..., None])
+    after = jnp.where(above != 0, first + _first_bit(above), after[..., None])
+    flat = (*words.shape[:-1], 32 * words.shape[-1])
+    return before.reshape(flat), after.reshape(flat)
+
+
+def reverse_between(words: jax.Array, size: int) -> jax.Array:
+    """The source index where every set bit starts a segment.
+
+    Bits 0 and `size` must be set, the latter in the last word.
+    """
+    before, after = _around_bits(words, inclusive=True)
+    index = before + after - 1 - _iota(before.shape, before.ndim - 1)
+    return index[..., :size]
