@@ -39,17 +39,18 @@ def table(name: str, row: Row) -> Table:
         caption="\n".join(caption),
         caption_justify="left",
         box=box.SIMPLE_HEAD,
+        padding=0,
         pad_edge=False,
     )
-    out.add_column("")
-    out.add_column("output")
+    for column in ("", "output"):
+        out.add_column(column, no_wrap=True)
     for column in ("ms", "spread", *limits):
-        out.add_column(column, justify="right")
+        out.add_column(column, justify="right", no_wrap=True)
     for t in row["times"]:
         low, high = t["quartiles"]
         out.add_row(
-            t["name"],
-            t["regime"] + (" vjp" if t["direction"] == "vjp" else ""),
+            t["name"] + (", vjp" if t["direction"] == "vjp" else ""),
+            t["regime"],
             f"{1e3 * t['seconds']:.3g}",
             f"{100 * (high - low) / t['seconds']:.0f}%",
             *(_ratio(t["to"].get(label)) for label in limits),

@@ -14,8 +14,17 @@ from benchmarks.report import OURS, find, rows  # noqa: E402
 
 GREY = "#808080"  # Has a contrast of 4 to white and 5 to black.
 OURS_COLOR = "#d55e00"
-COLORS = ["#0a8f6a", "#2a87c8", "#b0579a", "#a58a00", "#7f6fd6", "#3f9fa8", "#9a6b4f"]
-STYLE = {
+COLORS = [
+    "#0a8f6a",
+    "#2a87c8",
+    "#b0579a",
+    "#a58a00",
+    "#7f6fd6",
+    "#3f9fa8",
+    "#9a6b4f",
+    "#c85a7c",
+]
+STYLE: Any = {
     **{key: GREY for key in ("text.color", "axes.labelcolor", "axes.edgecolor")},
     **{key: GREY for key in ("xtick.color", "ytick.color", "grid.color")},
     **{"grid.alpha": 0.3, "axes.grid": True, "legend.frameon": False},
@@ -26,7 +35,9 @@ STYLE = {
 
 def cases(data: dict[str, Any]) -> Any:
     """A dot for each contender: its time over that of the copy, by kind of output."""
-    found = rows(data, "case")
+    found = {
+        name: row for name, row in rows(data, "case").items() if row["noise"]["quiet"]
+    }
     figure, panels = plt.subplots(
         1, 2, sharey=True, figsize=(11, 1 + 0.42 * len(found)), layout="constrained"
     )
@@ -76,7 +87,10 @@ CURVES = (
 
 def growth(data: dict[str, Any]) -> Any:
     """Time over size, both on logarithmic axes, up to 1 GB."""
-    found = rows(data, "curve").values()
+    # On axes of so many powers of ten even a noisy point tells something.
+    found = [
+        row for row in rows(data, "curve").values() if row["noise"]["resolution"] < 0.3
+    ]
     figure, panels = plt.subplots(2, 3, figsize=(11, 6.5), layout="constrained")
     lines = (
         ("x + 1", "x + 1", "forward", dict(color=GREY, linestyle="-", marker="|")),

@@ -31,14 +31,20 @@ def load() -> list[Data]:
 
 
 def rows(data: Data, kind: str) -> dict[str, Data]:
-    """The rows of a kind: "case", "curve", "dispatch" or "rnn"."""
+    """The rows of a kind: "case", "curve", "forms", "dispatch" or "rnn"."""
 
     def of(name: str, row: Data) -> str:
         if "curve" in row:
             return "curve"
+        if name.startswith("forms-"):
+            return "forms"
         return "case" if "layout" in row else name.split("-")[0]
 
     return {n: row for n, row in data["rows"].items() if of(n, row) == kind}
+
+
+def _quiet(row: Data) -> bool:
+    return row["noise"]["quiet"]
 
 
 def find(row: Data, name: str, regime: str, direction: str = "forward") -> Data | None:
@@ -73,6 +79,7 @@ def _markdown(head: list[str], body: Iterable[list[str]]) -> str:
 
 
 def machine(data: Data) -> str:
+    """What the figures were measured with, and which of them tell nothing."""
     parts = []
     for at, run in data["runs"].items():
         versions = ", ".join(f"{k} {v}" for k, v in run["versions"].items())
@@ -81,9 +88,13 @@ def machine(data: Data) -> str:
             f"- {at[:10]}, {count} rows: Python {run['python']}, {versions}; load "
             f"before the run {run['load_before']}; source `{run['source']}`."
         )
-    noisy = [f"`{n}`" for n, r in data["rows"].items() if not r["noise"]["quiet"]]
+    noisy = [name for name, row in data["rows"].items() if not _quiet(row)]
     if noisy:
-        parts.append(f"- Too noisy to tell: {', '.join(noisy)}.")
+        parts.append(
+            f"- Too noisy to tell: {len(noisy)} of {len(data['rows'])} rows; "
+            f"{sum('curve' in data['rows'][name] for name in noisy)} of these are "
+            "points of the curves."
+        )
     return "\n".join(parts)
 
 
@@ -92,16 +103,18 @@ def cases(data: Data) -> str:
     body = []
     for name, row in rows(data, "case").items():
         reused, fresh = (find(row, OURS, regime) for regime in ("reused", "fresh"))
-        vjp = find(row, OURS, "reused", "vjp")
+        ratios = [
+            *(_to(reused, label) for label in ("x + 1", "copy")),
+            _to(find(row, OURS, "reused", "vjp"), "forward"),
+            _to(fresh, "x + 1"),
+        ]
         temporary = row["temporary_bytes"].get(OURS)
         body.append(
             [
-                f"`{name}`" + ("" if row["noise"]["quiet"] else " (noisy)"),
+                f"`{name}`",
                 _bytes(row["bytes"]),
                 _ms(reused),
-                *(_to(reused, label) for label in ("x + 1", "copy")),
-                _to(vjp, "forward"),
-                _to(fresh, "x + 1"),
+                *(ratios if _quiet(row) else ["noisy"] * len(ratios)),
                 _bytes(temporary["forward"]) if temporary else "",
             ]
         )
@@ -113,7 +126,7 @@ def peers(data: Data) -> str:
     """How many times our time each peer takes, where it does best beside us."""
     found: dict[str, dict[str, Data]] = {}
     for name, row in rows(data, "case").items():
-        for t in row["times"]:
+        for t in row["times"] if _quiet(row) else ():
             if "ours" not in t["to"] or t["name"] == OURS:
                 continue
             column = t["name"] + (", VJP" if t["direction"] == "vjp" else "")
@@ -122,8 +135,11 @@ def peers(data: Data) -> str:
             best[name] = min(ratios, key=lambda r: r["ratio"])
     body = [
         [f"`{name}`", *(_cell(by_case.get(name)) for by_case in found.values())]
-        for name in rows(data, "case")
+        for name, row in rows(data, "case").items()
+        if _quiet(row)
     ]
+    if not body:
+        return "Too noisy to tell, or not run."
     return _markdown(["case", *found], body)
 
 
@@ -139,8 +155,10 @@ def dispatch(data: Data) -> str:
     row = rows(data, "dispatch").get("dispatch")
     if not row:
         return "Not run."
+    if not _quiet(row):
+        return "Too noisy to tell."
     body = [
-        [f"{t['name']}, {t['regime']}", _us(t), _to(t, "jnp.flip")]
+        [f"{t['name']}, {t['regime']}", f"{1e6 * t['seconds']:.1f}", _to(t, "jnp.flip")]
         for t in row["times"]
     ]
     calls = [
@@ -156,8 +174,19 @@ def dispatch(data: Data) -> str:
     )
 
 
-def _us(time: Data) -> str:
-    return f"{1e6 * time['seconds']:.1f}"
+def forms(data: Data) -> str:
+    """Other forms of the lowering, over `x + 1`."""
+    body = []
+    for name, row in rows(data, "forms").items():
+        times = [t for t in row["times"] if "ours" in t["to"]]
+        found = [
+            f"{t['name']} {_to(t, 'x + 1')}" for t in times if t["direction"] != "vjp"
+        ]
+        case = f"`{name.removeprefix('forms-')}`"
+        body.append([case, "; ".join(found) if _quiet(row) else "too noisy to tell"])
+    if not body:
+        return "Not run."
+    return _markdown(["case", "time over that of `x + 1`"], body).replace("--:", "---")
 
 
 def rnn(data: Data) -> str:
@@ -209,6 +238,7 @@ PARTS: dict[str, Callable[[Data], str]] = {
     "cases": cases,
     "peers": peers,
     "dispatch": dispatch,
+    "forms": forms,
     "rnn": rnn,
     "pictures": pictures,
 }

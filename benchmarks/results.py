@@ -16,9 +16,8 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-import jax
-
 import jax_revseg
+from benchmarks.contenders import Device
 
 FOLDER = Path(__file__).parent / "results"
 PACKAGES = (
@@ -56,7 +55,7 @@ def _cores() -> int:
     return os.cpu_count() or 1
 
 
-def machine(device: jax.Device) -> dict[str, Any]:
+def machine(device: Device) -> dict[str, Any]:
     on_cpu = device.platform == "cpu"
     return {
         "device": f"{_cpu()}, {_cores()} cores" if on_cpu else device.device_kind,
@@ -83,7 +82,7 @@ def this_run() -> dict[str, Any]:
 class Results:
     """The file of one machine; every row is written as soon as it is known."""
 
-    def __init__(self, path: Path | None, device: jax.Device):
+    def __init__(self, path: Path | None, device: Device):
         name = machine(device)["device"].lower()
         name = re.sub(r"[^a-z0-9.]+", "-", name).strip("-")
         self.path = path or FOLDER / f"{name}.json"

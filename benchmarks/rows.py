@@ -5,15 +5,18 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Iterator
 from functools import partial
+from importlib import import_module
+from importlib.util import find_spec
 from typing import Any, NamedTuple
 
 import jax
 
-from benchmarks import dispatch
+from benchmarks import dispatch, forms
 from benchmarks.contenders import (
     ADD,
     OURS,
     Absent,
+    Device,
     Operands,
     directions,
     limits,
@@ -26,7 +29,7 @@ from tests.cases import BENCHMARKS, Case
 
 
 class Options(NamedTuple):
-    device: jax.Device
+    device: Device
     seconds: float = 6.0  # What the rounds of one row take, about.
     least_rounds: int = 9
 
@@ -67,7 +70,7 @@ def measure(
             "noise": noise(*(samples[key, "reused", "forward"] for key in _TWICE)),
             "times": summary(samples, _beside),
         }
-        if peers:
+        if regimes == REGIMES:
             row["absent"] = absent
             row["temporary_bytes"] = _temporary(o)
         return row
@@ -105,8 +108,8 @@ def _temporary(o: Operands) -> dict[str, dict[str, int]]:
     for name, function in ((OURS, o.case.call), ("take_along_axis", pasted(o.case))):
         for direction, f in directions(function, o).items():
             compiled = jax.jit(f).lower(o.x, o.s).compile()
-            temporary = compiled.memory_analysis().temp_size_in_bytes
-            found.setdefault(name, {})[direction] = temporary
+            memory: Any = compiled.memory_analysis()
+            found.setdefault(name, {})[direction] = memory.temp_size_in_bytes
     return found
 
 
@@ -137,6 +140,11 @@ def curve_measure(case: Case, options: Options) -> Row:
     return row | {"curve": curve, "value": int(value)}
 
 
+def forms_measure(case: Case, options: Options) -> Row:
+    short = options._replace(seconds=options.seconds / 2)
+    return measure(case, short, {"forms": forms.contenders}, regimes=("reused",))
+
+
 # ---- the table of all
 
 
@@ -153,5 +161,9 @@ def all_rows(quick: bool = False) -> dict[str, Measure]:
         case.name: partial(measure, cut(case)) for case in BENCHMARKS
     }
     rows["dispatch"] = dispatch.measure
+    for name, case in forms.CASES.items():
+        rows[name] = partial(forms_measure, cut(case))
+    if find_spec("benchmarks.rnn"):
+        rows |= import_module("benchmarks.rnn").rows(quick)
     rows |= {case.name: partial(curve_measure, cut(case)) for case in curves()}
     return rows

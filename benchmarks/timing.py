@@ -31,7 +31,8 @@ class Contender:
     run: Callable[[int], Any] = field(repr=False)
     regime: str = "reused"  # Its output: "reused", "fresh", or "eager" (fresh, no jit).
     direction: str = "forward"  # or "vjp"
-    whole: bool = True  # Whether padding stays too, so that all of it can be checked.
+    # What must be right: all, the valid part (False), nothing in a mere bound (None).
+    whole: bool | None = True
 
     @property
     def key(self) -> tuple[str, str, str]:
