@@ -40,6 +40,16 @@ def pvary(x: jax.Array, axes: frozenset[Any]) -> jax.Array:
     return jax.lax.pvary(x, tuple(axes))
 
 
+def struct_like(x: jax.Array) -> jax.ShapeDtypeStruct:
+    """The type of an output that varies over manual mesh axes as `x` does."""
+    aval = jax.typeof(x)
+    if JAX_VERSION >= (0, 10):  # From 0.10.0 on this is the only way.
+        varying: dict[str, Any] = dict(manual_axis_type=aval.mat)
+    else:
+        varying = dict(vma=aval.vma)
+    return jax.ShapeDtypeStruct(x.shape, x.dtype, **varying)
+
+
 def staged(*operands: Any) -> bool:
     """Whether a bind of these operands is traced rather than run at once."""
     return not core.trace_ctx.is_top_level() or any(
@@ -48,11 +58,17 @@ def staged(*operands: Any) -> bool:
 
 
 def automatic(fun: Callable[..., Any], out: Any) -> Callable[..., Any]:
-    """Has the compiler choose the shardings inside `fun`; its result is sharded as `out`."""
-    explicit = out.sharding.mesh.explicit_axes
-    if not explicit:
-        return fun
-    return auto_axes(fun, axes=explicit, out_sharding=out.sharding)
+    """Has the compiler choose the shardings inside `fun`, whose results get `out`."""
+    explicit = out.mesh.explicit_axes
+    return auto_axes(fun, axes=explicit, out_sharding=out) if explicit else fun
+
+
+def is_local(ctx: Any) -> bool:
+    """Whether what is lowered is one device's own program, with nothing to split."""
+    context = ctx.module_context.axis_context
+    if isinstance(context, mlir.SPMDAxisContext):  # Inside shard_map, perhaps partly.
+        return context.manual_axes >= frozenset(context.mesh.axis_names)
+    return getattr(context, "num_devices", 1) == 1  # That of pmap has no such field.
 
 
 def register_jet_rule(primitive: Primitive, rule: Callable[..., Any]) -> None:

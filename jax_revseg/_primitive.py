@@ -194,21 +194,31 @@ def _reverse_segments_checkify(x, segments, *, axis, layout, **_):
     size = x.shape[axis]
     if layout == "ids" or 0 in segments.shape:  # No id is out of range.
         return jnp.bool_(False), "", {}
-    bad = segments < 0
     if layout == "padded":
-        # An int8 length cannot pass 300, and 300 cannot be compared with an int8.
-        bad |= segments > min(size, jnp.iinfo(segments.dtype).max)
         message = "is {value}, but must lie between 0 and"
     else:
-        bad |= packed_sums(segments, size) > size
         message = "is {value}; lengths must not be negative (nor cu_seqlens decrease), "
         message += "and those of a row must not sum to more than"
-    first = jnp.argmax(bad.ravel())
-    row = {f"i{n}": i for n, i in enumerate(jnp.unravel_index(first, bad.shape))}
-    where = ", ".join(f"{{{name}}}" for name in row)
+
+    def first_bad(segments):
+        bad = segments < 0
+        if layout == "padded":
+            # An int8 length cannot pass 300, and 300 cannot be compared with an int8.
+            bad |= segments > min(size, jnp.iinfo(segments.dtype).max)
+        else:
+            bad |= packed_sums(segments, size) > size
+        first = jnp.argmax(bad.ravel())
+        row = jnp.unravel_index(first, bad.shape)
+        return jnp.any(bad), segments.ravel()[first], *row
+
+    # Every device gets the answer: under explicit sharding that has to be said.
+    everywhere = NamedSharding(jax.typeof(segments).sharding.mesh, PartitionSpec())
+    failed, value, *row = _compat.automatic(first_bad, everywhere)(segments)
+    names = [f"i{n}" for n in range(len(row))]
+    where = ", ".join(f"{{{name}}}" for name in names)
     message = f"reverse_segments: lengths[{where}] {message} {size}, the size of axis "
     message += f"{axis} of x."
-    return jnp.any(bad), message, {"value": segments.ravel()[first], **row}
+    return failed, message, {"value": value, **dict(zip(names, row, strict=True))}
 
 
 @partial(
@@ -223,7 +233,7 @@ def _lower(fun, ctx, x, segments):
     # Under explicit sharding the arithmetic on indices would be checked like a user's
     # own, and each operation given a sharding. Let the compiler see to the inside; the
     # outside is what abstract evaluation promised.
-    fun = _compat.automatic(fun, ctx.avals_out[0])
+    fun = _compat.automatic(fun, ctx.avals_out[0].sharding)
     return mlir.lower_fun(fun, multiple_results=False)(ctx, x, segments)
 
 
