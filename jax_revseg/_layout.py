@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Sequence
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any, NamedTuple
 
 import jax
@@ -26,7 +26,7 @@ Integers = ArrayLike | Sequence[Any]  # ArrayLike leaves lists out.
 class Segments(NamedTuple):
     """The operands and parameters of one bind, but for `x`."""
 
-    values: jax.Array
+    values: jax.Array | np.ndarray
     axis: int
     batch_axes: tuple[int, ...]
     layout: str
@@ -41,7 +41,13 @@ def as_array(name: str, x: Any) -> jax.Array:
                 f"{name}: x must be an array, but has type {type(x).__name__}; convert "
                 "it with jax.numpy.asarray (or use jax.tree.map for a pytree)."
             )
-        x = jnp.asarray(x)
+        try:
+            x = jnp.asarray(x)
+        except TypeError as error:
+            raise TypeError(
+                f"{name}: x has dtype {getattr(x, 'dtype', None)}, which is none of "
+                "JAX's; convert it to numbers first."
+            ) from error
     if x.ndim == 0:
         raise ValueError(
             f"{name}: x has rank 0 (shape ()), but needs at least 1 axis to reverse; "
@@ -53,12 +59,14 @@ def as_array(name: str, x: Any) -> jax.Array:
 def as_integers(name: str, argument: str, values: Any) -> np.ndarray | jax.Array:
     """Integers where they are: a NumPy array from the host, or a JAX array."""
     given = values
-    if isinstance(values, (list, tuple)) and any(
-        isinstance(leaf, jax.Array) for leaf in jax.tree.leaves(values)
+    if not isinstance(values, jax.Array) and (
+        hasattr(values, "__jax_array__")
+        or any(isinstance(leaf, jax.Array) for leaf in jax.tree.leaves(values))
     ):
-        values = jnp.asarray(values)
-    elif hasattr(values, "__jax_array__"):
-        values = jnp.asarray(values)
+        try:
+            values = jnp.asarray(values)
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"{name}: {argument} is not an array: {error}") from error
     if isinstance(values, jax.Array):
         dtype = values.dtype
     else:
@@ -108,6 +116,9 @@ def as_padding_value(name: str, dtype: DTypeLike, value: Any) -> jax.Array:
         fits = given == dtype or jnp.result_type(dtype, value) == dtype
         if fits and jnp.issubdtype(dtype, jnp.integer) and isinstance(value, int):
             fits = jnp.iinfo(dtype).min <= value <= jnp.iinfo(dtype).max
+        if fits and jnp.issubdtype(dtype, jnp.floating) and scalar:
+            largest = float(jnp.finfo(dtype).max)
+            fits = not np.isfinite(float(value)) or abs(value) <= largest
     except (TypeError, ValueError, OverflowError):
         fits = False
     if not fits:
@@ -241,9 +252,9 @@ def _raise_at(
         raise ValueError(f"{name}: {where} is {values[index]}, but {rule}.")
 
 
-def _on_device(lengths: np.ndarray, size: int) -> jax.Array:
+def _as_positions(lengths: np.ndarray, size: int) -> np.ndarray:
     """Checked host lengths, none above `size`, in the dtype of positions."""
-    return jnp.asarray(lengths.astype(position_dtype(size)))
+    return lengths.astype(position_dtype(size))  # A jitted call takes them as they are.
 
 
 def _whole(x: jax.Array, axis: int, blocks: int) -> tuple[int, str]:
@@ -271,7 +282,7 @@ def padded(
         if isinstance(size, int):  # A symbolic size is known only when it runs.
             bad = bad | (values > size)
         _raise_at(name, "lengths", bad, values, f"{limit}; clip or correct it")
-        values = _on_device(values, size)
+        values = _as_positions(values, size)
     return Segments(values, axis, batch_axes, "padded")
 
 
@@ -295,8 +306,17 @@ def packed(
             sums = np.asarray(values.astype(object).sum(-1), object)
             limit = f"must not pass {which}; correct them"
             _raise_at(name, "lengths.sum(-1)", sums > size, sums, limit)
-        values = _on_device(values, size)
+        values = _as_positions(values, size)
     return Segments(values, axis, batch_axes, "packed")
+
+
+@partial(jax.jit, static_argnames="size")
+def _differences(offsets: jax.Array, size: int) -> jax.Array:
+    offsets = widen(offsets, size)
+    start, end = offsets[..., :-1], offsets[..., 1:]
+    if jnp.issubdtype(offsets.dtype, jnp.unsignedinteger):
+        end = jnp.maximum(start, end)  # A difference below 0 would wrap.
+    return end - start
 
 
 def offsets(
@@ -327,13 +347,10 @@ def offsets(
         if isinstance(size, int):
             limit = f"must not pass {which}; correct it"
             _raise_at(name, "cu_seqlens", values > size, values, limit)
-        values = _on_device(values, size)
+        values = np.diff(_as_positions(values, size))
     else:
-        values = widen(values, size)
-    start, end = values[..., :-1], values[..., 1:]
-    if jnp.issubdtype(values.dtype, jnp.unsignedinteger):
-        end = jnp.maximum(start, end)  # A difference below 0 would wrap.
-    return Segments(end - start, axis, batch_axes, "packed")
+        values = _differences(values, size)
+    return Segments(values, axis, batch_axes, "packed")
 
 
 def ids(
@@ -372,7 +389,7 @@ def ids(
         if padding_id is not None:
             runs = np.where(values == padding_id, 0, runs)
             padding_id = 0
-        values = _on_device(runs, x.shape[axis])
+        values = _as_positions(runs, x.shape[axis])
     elif padding_id is not None:
         info = jnp.iinfo(values.dtype)
         if not info.min <= padding_id <= info.max:
@@ -402,5 +419,5 @@ def unpacked(
                 f"{name}: the valid steps number {total}, but total_length is "
                 f"{total_length}; make it {total} or more."
             )
-        lengths = _on_device(cut, x.shape[1])
+        lengths = _as_positions(cut, x.shape[1])
     return lengths

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.typing import ArrayLike
 
 from jax_revseg import _compat, _layout
@@ -101,7 +100,12 @@ def unpack_segments(x: ArrayLike, lengths: Integers, *, total_length: int) -> ja
     values = _layout.as_integers(name, "lengths", lengths)
     _layout.check_rank_one(name, values)
     lengths = _layout.unpacked(name, x, values, total_length)
-    zero = _layout.as_padding_value(name, x.dtype, np.zeros((), x.dtype)[()])
+    if jnp.issubdtype(x.dtype, jax.dtypes.extended):
+        raise TypeError(
+            f"{name}: x has dtype {x.dtype}, which has no zero for the tail; unpack "
+            "jax.random.key_data(x) instead."
+        )
+    zero = jnp.zeros((), x.dtype)
     if 0 in x.shape[:2]:
         return jnp.full((total_length, *x.shape[2:]), zero)
     lengths = clip_lengths(lengths, x.shape[1])

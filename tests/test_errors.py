@@ -54,6 +54,17 @@ TYPE_ERRORS = (
         r"padding_id is 0\.5 of type float; use an int",
     ),
     # What fits into the dtype of x.
+    (
+        lambda: seq(X, [1] * 3, padding_value=1e300),
+        r"padding_value is 1e\+300.*float32",
+    ),
+    (lambda: seq(np.array(["a"]), 1), r"x has dtype <U1"),
+    (
+        lambda: unpack_segments(
+            jax.random.split(jax.random.key(0), (2, 3)), [1, 2], total_length=3
+        ),
+        r"x has dtype key<fry>.*key_data",
+    ),
     (lambda: seq(I8, [1] * 2, padding_value=128), r"padding_value is 128.*dtype int8"),
     (lambda: seq(I8, [1] * 2, padding_value=-129), r"padding_value is -129.*int8"),
     (lambda: seq(I8, [1] * 2, padding_value=1.0), r"padding_value is 1\.0.*dtype int8"),
