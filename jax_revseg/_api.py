@@ -12,19 +12,26 @@ from jax.typing import ArrayLike
 from jax_revseg import _compat, _layout
 from jax_revseg._layout import BatchAxis, Integers, Segments
 from jax_revseg._lowering import align, packed_ends, padding_mask
-from jax_revseg._primitive import reverse_segments_p
+from jax_revseg._primitive import Implementation, reverse_segments_p
 from jax_revseg._sequence import AxisName, axis_size, on_whole_rows
 
 
-@partial(jax.jit, static_argnames=("axis", "batch_axes", "layout", "padding_id"))
+@partial(
+    jax.jit,
+    static_argnames=("axis", "batch_axes", "layout", "padding_id", "implementation"),
+)
 def _bind_compiled(x, segments, **params):
     return reverse_segments_p.bind(x, segments, **params)
 
 
-def _bind(x: jax.Array, segments: Segments) -> jax.Array:
+def _bind(x: jax.Array, segments: Segments, implementation: str) -> jax.Array:
     values, axis, batch_axes, layout, padding_id = segments
     params = dict(
-        axis=axis, batch_axes=batch_axes, layout=layout, padding_id=padding_id
+        axis=axis,
+        batch_axes=batch_axes,
+        layout=layout,
+        padding_id=padding_id,
+        implementation=implementation,
     )
     if not _compat.staged(x, values):
         return _bind_compiled(x, values, **params)  # Half the time of an eager bind.
@@ -36,12 +43,16 @@ def _bind(x: jax.Array, segments: Segments) -> jax.Array:
 
 
 def _reverse(
-    name: str, x: jax.Array, segments: Segments, padding_value: Any
+    name: str,
+    x: jax.Array,
+    segments: Segments,
+    padding_value: Any,
+    implementation: str,
 ) -> jax.Array:
     if padding_value is None:
-        return _bind(x, segments)
+        return _bind(x, segments, implementation)
     value = _layout.as_padding_value(name, x.dtype, padding_value)
-    out = _bind(x, segments)
+    out = _bind(x, segments, implementation)
     values, axis, batch_axes, layout, padding_id = segments
     if layout == "ids" and padding_id is None:
         return out  # No position is padding.
@@ -49,13 +60,15 @@ def _reverse(
     return jnp.where(align(mask, x.ndim, axis, batch_axes), value, out)
 
 
-def _reverse_order(x: jax.Array, flipped: Segments) -> jax.Array:
+def _reverse_order(
+    x: jax.Array, flipped: Segments, implementation: str
+) -> jax.Array:
     """Lays segments down in the order in which `flipped` has their lengths."""
     # Reversing all that is valid puts the segments in the opposite order, each of them
     # reversed; reversing each one puts its content right again.
     total = flipped.values.sum(-1, dtype=flipped.values.dtype)
     whole = Segments(total, flipped.axis, flipped.batch_axes, "padded")
-    return _bind(_bind(x, whole), flipped)
+    return _bind(_bind(x, whole, implementation), flipped, implementation)
 
 
 def reverse_sequence(
@@ -66,6 +79,7 @@ def reverse_sequence(
     batch_axis: BatchAxis = None,
     padding_value: ArrayLike | None = None,
     axis_name: AxisName | None = None,
+    implementation: Implementation = "xla",
 ) -> jax.Array:
     """Reverses the first `lengths[n]` steps of each row; padding stays where it is.
 
@@ -92,6 +106,8 @@ def reverse_sequence(
         axis_name: Inside `jax.shard_map`, the mesh axis, or a tuple of them, over which
             the segment axis is sharded. `x` is then the local block, and `lengths` still
             count from the start of the whole axis.
+        implementation: `"xla"`, a gather, or `"pallas"`, a kernel for TPUs; what that
+            does not cover, other platforms among it, is gathered all the same.
 
     Returns:
         Array of the shape and dtype of `x`.
@@ -100,7 +116,8 @@ def reverse_sequence(
         TypeError: `x` is not an array, `lengths` or an axis is not an integer, or
             `padding_value` does not fit the dtype of `x`.
         ValueError: `lengths` does not have the shape of the batch axes, an axis is out
-            of range or named twice, or a length from the host lies outside the axis.
+            of range or named twice, a length from the host lies outside the axis, or
+            `implementation` is unknown.
 
     Example:
         >>> import jax.numpy as jnp
@@ -117,7 +134,9 @@ def reverse_sequence(
     x = _layout.as_array(name, x)
     blocks = axis_size(name, axis_name)
     segments = _layout.padded(name, x, lengths, axis, batch_axis, blocks)
-    reverse = partial(_reverse, name, padding_value=padding_value)
+    reverse = partial(
+        _reverse, name, padding_value=padding_value, implementation=implementation
+    )
     return on_whole_rows(reverse, x, segments, axis_name)
 
 
@@ -132,6 +151,7 @@ def reverse_segments(
     batch_axis: BatchAxis = None,
     padding_value: ArrayLike | None = None,
     axis_name: AxisName | None = None,
+    implementation: Implementation = "xla",
 ) -> jax.Array:
     """Reverses each of several segments a row; segments keep their places.
 
@@ -166,6 +186,8 @@ def reverse_segments(
         axis_name: Inside `jax.shard_map`, the mesh axis, or a tuple of them, over which
             the segment axis is sharded. `x` and `segment_ids` are then local blocks;
             `lengths` and `cu_seqlens` still describe the whole axis.
+        implementation: `"xla"`, a gather, or `"pallas"`, a kernel for TPUs; what that
+            does not cover, other platforms among it, is gathered all the same.
 
     Returns:
         Array of the shape and dtype of `x`.
@@ -214,7 +236,9 @@ def reverse_segments(
         segments = _layout.offsets(name, x, cu_seqlens, axis, batch_axis, blocks)
     else:
         segments = _layout.packed(name, x, lengths, axis, batch_axis, blocks)
-    reverse = partial(_reverse, name, padding_value=padding_value)
+    reverse = partial(
+        _reverse, name, padding_value=padding_value, implementation=implementation
+    )
     return on_whole_rows(reverse, x, segments, axis_name)
 
 
@@ -225,6 +249,7 @@ def reverse_segment_order(
     axis: int | None = None,
     batch_axis: BatchAxis = None,
     axis_name: AxisName | None = None,
+    implementation: Implementation = "xla",
 ) -> tuple[jax.Array, jax.Array]:
     """Lays the segments of each row down in the opposite order, each one intact.
 
@@ -242,6 +267,8 @@ def reverse_segment_order(
         axis_name: Inside `jax.shard_map`, the mesh axis, or a tuple of them, over which
             the segment axis is sharded. `x` is then the local block, and `lengths` still
             count from the start of the whole axis.
+        implementation: `"xla"`, a gather, or `"pallas"`, a kernel for TPUs; what that
+            does not cover, other platforms among it, is gathered all the same.
 
     Returns:
         The array, of the shape and dtype of `x`, and the lengths of its segments, of
@@ -268,5 +295,6 @@ def reverse_segment_order(
     ends = packed_ends(segments.values, blocks * x.shape[segments.axis])
     starts = jnp.concatenate([jnp.zeros_like(ends[..., :1]), ends[..., :-1]], -1)
     flipped = jnp.flip(ends - starts, -1)
-    out = on_whole_rows(_reverse_order, x, segments._replace(values=flipped), axis_name)
+    reverse = partial(_reverse_order, implementation=implementation)
+    out = on_whole_rows(reverse, x, segments._replace(values=flipped), axis_name)
     return out, flipped.astype(segments.values.dtype)
