@@ -36,7 +36,7 @@ def test_quick_json(capsys):
     assert result["ok"] and result["summary"].startswith("All is right")
     assert {"jax", "jaxlib", "jax_revseg"} < result["versions"].keys()
     assert {check["encoding"] for check in result["checks"]} == {
-        case[0] for case in self_check.CASES
+        case.name for case in self_check.CASES
     }
     for check in result["checks"]:
         assert check["forward"] is True and check["gradient"] is True, check
@@ -48,14 +48,14 @@ def test_text_ends_with_the_verdict(capsys, monkeypatch):
     monkeypatch.setattr(
         self_check,
         "time_case",
-        lambda shape, k, device: time_case((4, 32, *shape[2:]), k, device),
+        lambda shape, *rest: time_case((4, 32, *shape[2:]), *rest),
     )
     monkeypatch.setattr(self_check, "CASES", self_check.CASES[:1])
     assert self_check.main([]) == 0
     text = capsys.readouterr().out
     assert "not run" not in text and "to a copy" in text
     assert text.splitlines()[-1].startswith("All is right: ")
-    timing = time_case((4, 32, 8), 4, jax.devices()[0])
+    timing = time_case((4, 32, 8), 4, jax.devices()[0], "xla")
     assert timing["ratio"] > 0 and timing["ms"] > 0 and timing["copy_ms"] > 0
 
 
