@@ -1,4 +1,34 @@
-"""Reverse the segments of ragged sequences in JAX."""
+"""Reverse the segments of ragged sequences in JAX; padding stays where it is.
+
+    lengths = [3, 5]     a b c . .         c b a . .
+                         d e f g h   -->   h g f e d
+
+    >>> import jax.numpy as jnp
+    >>> from jax_revseg import reverse_sequence
+    >>> x = jnp.array([[1, 2, 3, 0, 0], [4, 5, 6, 7, 8]])
+    >>> reverse_sequence(x, jnp.array([3, 5]))
+    Array([[3, 2, 1, 0, 0],
+           [8, 7, 6, 5, 4]], dtype=int32)
+
+Which function:
+
+- `reverse_sequence`: one segment a row, `x` of shape `(N, T, ...)` and lengths `(N,)`;
+  with `axis=0`, time-major.
+- `reverse_segments`: several segments a row, by lengths `(N, K)`, by ids `(N, T)`
+  (masks and left padding too), or by cumulative offsets.
+- `reverse_segment_order`: the order of the segments, not their content.
+- `pack_segments`, `unpack_segments`: from a flat axis to padded rows, and back.
+- `bidirectional`: a bidirectional layer out of any two that run forward.
+- `bidirectional_scan`: both directions of a recurrence in one loop.
+- `reverse_segments_p`: the JAX primitive under all of them.
+
+Every function works under `jit`, `vmap`, `grad`, `shard_map` and every other
+transformation, and the gradient of a reversal is the same reversal. Lengths from the
+host are checked where they are given; those on a device are cut to the axis, so that no
+read is ever out of bounds, and checked under `jax.experimental.checkify`.
+
+`python -m jax_revseg` checks and times all this on the devices of this machine.
+"""
 
 from jax_revseg._api import (
     reverse_segment_order as reverse_segment_order,
