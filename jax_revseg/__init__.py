@@ -36,6 +36,7 @@ from jax_revseg._api import (
     reverse_sequence as reverse_sequence,
 )
 from jax_revseg._bidirectional import bidirectional as bidirectional
+from jax_revseg._bidirectional_scan import bidirectional_scan as bidirectional_scan
 from jax_revseg._packing import (
     pack_segments as pack_segments,
     unpack_segments as unpack_segments,
@@ -46,6 +47,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "bidirectional",
+    "bidirectional_scan",
     "pack_segments",
     "reverse_segment_order",
     "reverse_segments",
