@@ -60,15 +60,15 @@ def _reverse(
     return jnp.where(align(mask, x.ndim, axis, batch_axes), value, out)
 
 
-def _reverse_order(
-    x: jax.Array, flipped: Segments, implementation: str
-) -> jax.Array:
-    """Lays segments down in the order in which `flipped` has their lengths."""
+def _reverse_order(x: jax.Array, segments: Segments, implementation: str) -> jax.Array:
+    """Lays the segments of each row down in the opposite order."""
     # Reversing all that is valid puts the segments in the opposite order, each of them
-    # reversed; reversing each one puts its content right again.
-    total = flipped.values.sum(-1, dtype=flipped.values.dtype)
-    whole = Segments(total, flipped.axis, flipped.batch_axes, "padded")
-    return _bind(_bind(x, whole, implementation), flipped, implementation)
+    # reversed; so each one is reversed first. That is done by the lengths as they were
+    # given: checkify looks at those.
+    each = _bind(x, segments, implementation)
+    ends = packed_ends(segments.values, x.shape[segments.axis])
+    total = jnp.max(ends, -1, initial=0)  # Without an `ends[..., -1]` where K is 0.
+    return _bind(each, segments._replace(values=total, layout="padded"), implementation)
 
 
 def reverse_sequence(
@@ -84,8 +84,9 @@ def reverse_sequence(
     """Reverses the first `lengths[n]` steps of each row; padding stays where it is.
 
     For a row of length `n`, `out[i] = x[n - 1 - i]` for `0 <= i < n`, and `out[i] =
-    x[i]` elsewhere. Values move unchanged, bit for bit. The function is its own inverse and
-    its own gradient.
+    x[i]` elsewhere. Values move unchanged, bit for bit (but `padding_value` may change
+    the payload of a NaN of 16 bits or less). The function is its own inverse and its
+    own gradient.
 
     Lengths given as Python or NumPy values are checked at once, also under `jit`.
     Lengths on a device, or traced, are not waited for: a negative length counts as 0,
@@ -292,9 +293,8 @@ def reverse_segment_order(
     x = _layout.as_array(name, x)
     blocks = axis_size(name, axis_name)
     segments = _layout.packed(name, x, lengths, axis, batch_axis, blocks)
+    reverse = partial(_reverse_order, implementation=implementation)
+    out = on_whole_rows(reverse, x, segments, axis_name)
     ends = packed_ends(segments.values, blocks * x.shape[segments.axis])
     starts = jnp.concatenate([jnp.zeros_like(ends[..., :1]), ends[..., :-1]], -1)
-    flipped = jnp.flip(ends - starts, -1)
-    reverse = partial(_reverse_order, implementation=implementation)
-    out = on_whole_rows(reverse, x, segments._replace(values=flipped), axis_name)
-    return out, flipped.astype(segments.values.dtype)
+    return out, jnp.flip(ends - starts, -1).astype(segments.values.dtype)
