@@ -68,7 +68,7 @@ def _ratio(ratio: Row | None) -> str:
 
 def extras(row: Row) -> dict[str, Any]:
     """What a row knows beside times and what every row has."""
-    keys = ("temporary_bytes", "import", "40 calls", "share")
+    keys = ("temporary_bytes", "import", "fresh output", "40 calls")
     return {key: row[key] for key in keys if row.get(key)}
 
 

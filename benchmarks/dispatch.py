@@ -1,7 +1,8 @@
-"""What a call costs beside its bytes: dispatch, import, and compiling 40 of them."""
+"""What a call costs beside its bytes: dispatch, import, compiling, fresh memory."""
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 import time
@@ -25,6 +26,24 @@ start = time.perf_counter()
 import jax_revseg
 print(time.perf_counter() - start)
 """
+
+
+FRESH = """
+import statistics, time, jax, jax.numpy as jnp
+x = jnp.ones((64, 1024, 256))
+fresh = jax.jit(lambda x: x + 1)
+reused = jax.jit(lambda x, out: x + 1, donate_argnums=1, keep_unused=True)
+out, ratios = reused(x, jnp.zeros_like(x)), []
+for _ in range(15):
+    times = [time.perf_counter()]
+    fresh(x).block_until_ready()
+    times.append(time.perf_counter())
+    out = reused(x, out).block_until_ready()
+    times.append(time.perf_counter())
+    ratios.append((times[1] - times[0]) / (times[2] - times[1]))
+print(statistics.median(ratios))
+"""
+HUGE_PAGES = {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"}
 
 
 def measure(options: Any) -> dict[str, Any]:
@@ -72,6 +91,7 @@ def measure(options: Any) -> dict[str, Any]:
             ),
             "times": summary(samples, lambda key: {FLIP: (FLIP, *key[1:])}),
             "import": _import(options.least_rounds),
+            "fresh output": _fresh_output(min(options.least_rounds, 5)),
             f"{CALLS} calls": _many_calls(options.least_rounds),
         }
 
@@ -83,13 +103,29 @@ def _quartiles(values: list[float]) -> dict[str, Any]:
 
 def _import(times: int) -> dict[str, Any]:
     """What `import jax_revseg` adds to `import jax`, each in a process of its own."""
-    runs = [
-        subprocess.run(
-            [sys.executable, "-c", IMPORT], capture_output=True, text=True, check=True
-        )
-        for _ in range(times)
-    ]
-    return _quartiles([float(run.stdout) for run in runs])
+    return _quartiles([_python(IMPORT) for _ in range(times)])
+
+
+def _python(program: str, **environment: str) -> float:
+    """What the program prints, in a process of its own."""
+    done = subprocess.run(
+        [sys.executable, "-c", program],
+        env=os.environ | environment,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    return float(done.stdout)
+
+
+def _fresh_output(times: int) -> dict[str, float]:
+    """`x + 1` of 64 MB on the CPU: a fresh output over a reused one."""
+    ways: dict[str, dict[str, str]] = {"default": {}, "huge pages": HUGE_PAGES}
+    found: dict[str, list[float]] = {name: [] for name in ways}
+    for _ in range(times):
+        for name, environment in ways.items():
+            found[name].append(_python(FRESH, JAX_PLATFORMS="cpu", **environment))
+    return {name: round(float(np.median(v)), 2) for name, v in found.items()}
 
 
 def _many_calls(times: int) -> dict[str, Any]:

@@ -48,8 +48,8 @@ def tensorflow(o: Operands) -> Iterator[Contender]:
         lambda x, lengths: tf.reverse_sequence(x, lengths, **axes), jit_compile=True
     )
     eager = _times(lambda: tf.reverse_sequence(x, lengths, **axes))
-    yield Contender("TensorFlow", eager, "eager")
-    yield Contender("TensorFlow XLA", _times(lambda: compiled(x, lengths)), "fresh")
+    yield Contender("TensorFlow", eager, "pooled")
+    yield Contender("TensorFlow XLA", _times(lambda: compiled(x, lengths)), "pooled")
 
 
 def onnx_runtime(o: Operands) -> Iterator[Contender]:
@@ -90,7 +90,9 @@ def onnx_runtime(o: Operands) -> Iterator[Contender]:
         model.SerializeToString(), options, providers=["CPUExecutionProvider"]
     )
     feed = {"x": o.host, "lengths": o.segments.astype(np.int64)}
-    yield Contender("ONNX Runtime", _times(lambda: session.run(None, feed)[0]), "fresh")
+    yield Contender(
+        "ONNX Runtime", _times(lambda: session.run(None, feed)[0]), "pooled"
+    )
     to_value = onnxruntime.OrtValue.ortvalue_from_numpy
     out = to_value(np.zeros_like(o.host))
     binding = session.io_binding()

@@ -45,14 +45,13 @@ def cases(data: dict[str, Any]) -> Any:
         t["name"] for row in found.values() for t in row["times"] if "ours" in t["to"]
     )
     colors = dict(zip((n for n in names if n != OURS), COLORS, strict=False))
-    for panel, regimes in zip(panels, (("reused",), ("fresh", "eager")), strict=True):
+    for panel, regimes in zip(panels, (("reused",), ("fresh", "pooled")), strict=True):
         for name in [*colors, "x + 1", OURS]:
             points = [
                 (t["to"]["copy"]["ratio"], y)
                 for y, row in enumerate(found.values())
                 for regime in regimes
-                # Of our own eager calls the page speaks elsewhere.
-                if (t := find(row, name, regime)) and (name, regime) != (OURS, "eager")
+                if (t := find(row, name, regime))
             ]
             mark = {OURS: "D", "x + 1": "|"}.get(name, "o")
             color = {OURS: OURS_COLOR, "x + 1": GREY}.get(name) or colors[name]
@@ -66,7 +65,7 @@ def cases(data: dict[str, Any]) -> Any:
         ticks = [0.5, 1, 2, 5, 10, 20, 50]
         panel.set_xticks(ticks, [f"{tick:g}" for tick in ticks], minor=False)
         panel.set_xticks([], minor=True)
-        panel.set_xlabel(f"time over that of a copy, output {regimes[0]}")
+        panel.set_xlabel(f"time over that of a copy, output {' or '.join(regimes)}")
     panels[0].set_yticks(range(len(found)), list(found))
     panels[0].invert_yaxis()
     handles = {}
@@ -117,9 +116,8 @@ def growth(data: dict[str, Any]) -> Any:
                     for r, t in zip(points, times, strict=True)
                     if t
                 ]
-                panel.plot(
-                    *(zip(*xy, strict=True) if xy else ((), ())), label=label, **style
-                )
+                if xy:
+                    panel.plot(*zip(*xy, strict=True), label=label, **style)
         panel.set(xscale="log", yscale="log", xlabel=title, ylabel="ms")
     panels.flat[-1].axis("off")
     handles, labels = panels.flat[3].get_legend_handles_labels()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import resource
 from collections.abc import Callable, Iterator
 from functools import partial
 from importlib import import_module
@@ -24,7 +25,7 @@ from benchmarks.contenders import (
     pasted,
 )
 from benchmarks.peers import PEERS
-from benchmarks.timing import noise, summary, take_turns
+from benchmarks.timing import Contender, noise, summary, take_turns
 from tests.cases import BENCHMARKS, Case
 
 
@@ -72,6 +73,8 @@ def measure(
         }
         if regimes == REGIMES:
             row["absent"] = absent
+            for entry, contender in zip(row["times"], contenders, strict=True):
+                entry["page_faults"] = _page_faults(contender)
             row["temporary_bytes"] = _temporary(o)
         return row
 
@@ -82,12 +85,14 @@ _TWICE = (ADD, ADD + ", again")
 def _beside(key: tuple[str, str, str]) -> dict[str, tuple[str, str, str]]:
     """What a time is divided by, most of it with the same kind of output."""
     name, regime, direction = key
-    regime = "reused" if regime == "reused" else "fresh"
-    beside = {"x + 1": (ADD, regime, "forward"), "copy": ("copy", "reused", "forward")}
+    touched = "reused" if regime in ("reused", "pooled") else "fresh"
+    beside = {"x + 1": (ADD, touched, "forward"), "copy": ("copy", "reused", "forward")}
     if name not in (*_TWICE, "copy"):
-        beside["ours"] = (OURS, regime, direction)
+        beside["ours"] = (OURS, touched, direction)
+    if regime == "pooled":  # What a user sees who donates nothing.
+        beside["fresh"] = (OURS, "fresh", direction)
     if direction == "vjp":
-        beside["forward"] = (name, regime, "forward")
+        beside["forward"] = (name, touched, "forward")
     return beside
 
 
@@ -100,6 +105,14 @@ def _reason(error: Exception) -> str:
 
 def _count(case: Case) -> int:
     return 1 if case.layout == "padded" else case.count
+
+
+def _page_faults(contender: Contender) -> int:
+    """Pages that the system hands out in one call: what tells "pooled" from "fresh"."""
+    contender.run(2)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    contender.run(2)
+    return (resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before) // 2
 
 
 def _temporary(o: Operands) -> dict[str, dict[str, int]]:

@@ -29,7 +29,9 @@ class Contender:
 
     name: str
     run: Callable[[int], Any] = field(repr=False)
-    regime: str = "reused"  # Its output: "reused", "fresh", or "eager" (fresh, no jit).
+    # Its output: "reused"; "fresh", from the system; "eager", which is fresh without
+    # jit; or "pooled", a new array in memory that the framework had kept for it.
+    regime: str = "reused"
     direction: str = "forward"  # or "vjp"
     # What must be right: all, the valid part (False), nothing in a mere bound (None).
     whole: bool | None = True
