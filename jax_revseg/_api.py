@@ -105,8 +105,8 @@ def reverse_sequence(
         padding_value: Scalar that is written to the padding; `x` gets no gradient
             there. The default keeps the padding.
         axis_name: Inside `jax.shard_map`, the mesh axis, or a tuple of them, over which
-            the segment axis is sharded. `x` is then the local block, and `lengths` still
-            count from the start of the whole axis.
+            the segment axis is sharded. `x` is then the local block, and `lengths`
+            still count from the start of the whole axis.
         implementation: `"xla"`, a gather, or `"pallas"`, a kernel for TPUs; what that
             does not cover, other platforms among it, is gathered all the same.
 
@@ -266,8 +266,8 @@ def reverse_segment_order(
         batch_axis: The axis or axes of `x` that go with the batch axes of `lengths`, in
             that order. The default is the first ones other than `axis`.
         axis_name: Inside `jax.shard_map`, the mesh axis, or a tuple of them, over which
-            the segment axis is sharded. `x` is then the local block, and `lengths` still
-            count from the start of the whole axis.
+            the segment axis is sharded. `x` is then the local block, and `lengths`
+            still count from the start of the whole axis.
         implementation: `"xla"`, a gather, or `"pallas"`, a kernel for TPUs; what that
             does not cover, other platforms among it, is gathered all the same.
 

@@ -17,8 +17,7 @@ from jax.experimental import jet
 from jax.extend.core import Primitive as Primitive
 from jax.interpreters import ad as ad, batching as batching, mlir as mlir
 from jax.interpreters.xla import apply_primitive as apply_primitive
-from jax.sharding import auto_axes
-from jax.sharding import reshard as reshard
+from jax.sharding import auto_axes, reshard as reshard
 
 JAX_VERSION = tuple(int(part) for part in jax.__version__.split(".")[:3])
 
