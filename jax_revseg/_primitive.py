@@ -201,11 +201,9 @@ def _reverse_segments_checkify(x, segments, *, axis, layout, **_):
         message += "and those of a row must not sum to more than"
 
     def first_bad(segments):
-        bad = segments < 0
-        if layout == "padded":
-            # An int8 length cannot pass 300, and 300 cannot be compared with an int8.
-            bad |= segments > min(size, jnp.iinfo(segments.dtype).max)
-        else:
+        # An int8 length cannot pass 300, and 300 cannot be compared with an int8.
+        bad = (segments < 0) | (segments > min(size, jnp.iinfo(segments.dtype).max))
+        if layout == "packed":  # Each within the size, and yet too much together.
             bad |= packed_sums(segments, size) > size
         first = jnp.argmax(bad.ravel())
         row = jnp.unravel_index(first, bad.shape)

@@ -1,0 +1,221 @@
+"""Under checkify, lengths out of range raise, with row and value; elsewhere they cost
+nothing: no effect in the jaxpr, no callback in the program."""
+
+import re
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from cases import assert_same_bits
+from jax import lax
+from jax.experimental import checkify
+from jax.sharding import PartitionSpec as P
+from meshes import mesh, put
+
+from jax_revseg import (
+    pack_segments,
+    reverse_segment_order,
+    reverse_segments,
+    reverse_sequence,
+)
+
+X = np.arange(32, dtype=np.float32).reshape(4, 8)
+
+
+def by_offsets(x, offsets):
+    return reverse_segments(x, cu_seqlens=offsets)
+
+
+# A public function, bad values, the same made good, and what the message must say.
+BAD = {
+    "long": (
+        reverse_sequence,
+        [3, 8, 9, 7],
+        [3, 8, 8, 7],
+        r"lengths\[2\] is 9.* 0 and 8",
+    ),
+    "negative": (reverse_sequence, [3, 8, 0, -2], [3, 8, 0, 2], r"lengths\[3\] is -2"),
+    "sum": (
+        reverse_segments,
+        [[1, 7], [8, 0], [4, 5], [9, 9]],
+        [[1, 7], [8, 0], [4, 4], [0, 0]],
+        r"lengths\[2, 1\] is 5.* sum to more than 8",
+    ),
+    "packed-negative": (
+        reverse_segments,
+        [[1, 7], [-3, 4], [4, 4], [0, 0]],
+        [[1, 7], [3, 4], [4, 4], [0, 0]],
+        r"lengths\[1, 0\] is -3",
+    ),
+    "decreasing": (
+        by_offsets,
+        [[0, 3, 8], [0, 5, 2], [0, 0, 0], [0, 1, 8]],
+        [[0, 3, 8], [0, 5, 5], [0, 0, 0], [0, 1, 8]],
+        r"lengths\[1, 1\] is -3.* cu_seqlens decrease",
+    ),
+    "offsets-long": (
+        by_offsets,
+        [[0, 3, 8], [0, 5, 7], [0, 0, 0], [0, 1, 9]],
+        [[0, 3, 8], [0, 5, 7], [0, 0, 0], [0, 1, 8]],
+        r"lengths\[3, 1\] is 8.* sum to more than 8",
+    ),
+    "order": (
+        lambda x, lengths: reverse_segment_order(x, lengths)[0],
+        [[1, 7], [8, 0], [4, 5], [9, 9]],
+        [[1, 7], [8, 0], [4, 4], [0, 0]],
+        r"lengths\[2, 1\] is 5.* sum to more than 8",
+    ),
+}
+each_bad = pytest.mark.parametrize("bad", BAD.values(), ids=BAD)
+
+
+def error_of(f, *args):
+    return checkify.checkify(f)(*args)[0].get()
+
+
+@each_bad
+@pytest.mark.parametrize("jit", (True, False), ids=("jit", "eager"))
+def test_reports_row_and_value(bad, jit):
+    """Wrong here: silence, another row, or an error for what is valid."""
+    f, wrong, right, message = bad
+    f = jax.jit(f) if jit else f
+    assert re.search(message, error_of(f, X, jnp.array(wrong)))
+    error, y = checkify.checkify(f)(X, jnp.array(right))
+    assert error.get() is None
+    assert_same_bits(y, f(X, jnp.array(right)))
+
+
+def scan(f):
+    return lambda x, s: lax.scan(
+        lambda x, s: (f(x, s), None), x, jnp.stack([jnp.zeros_like(s), s])
+    )[0]
+
+
+def while_loop(f):
+    return lambda x, s: lax.while_loop(
+        lambda carry: carry[0] < 2, lambda carry: (carry[0] + 1, f(carry[1], s)), (0, x)
+    )[1]
+
+
+def gradient(f):
+    return jax.grad(lambda x, s: f(x, s).sum())
+
+
+TRANSFORMS = {
+    "vmap": lambda f: jax.vmap(lambda x, s: f(x[None], s[None])[0]),
+    "vmap-lengths": lambda f: lambda x, s: jax.vmap(f, (None, 0))(x, s[None]),
+    "grad": gradient,
+    "jit-grad": lambda f: jax.jit(gradient(f)),
+    "scan": scan,
+    "while": while_loop,
+    "cond": lambda f: lambda x, s: lax.cond(x[0, 0] > -1, f, lambda x, s: x, x, s),
+    "remat": jax.checkpoint,
+    "remat-grad": lambda f: gradient(jax.checkpoint(f)),
+    "scan-grad": lambda f: gradient(scan(f)),
+}
+
+
+@pytest.mark.parametrize("transform", TRANSFORMS.values(), ids=TRANSFORMS)
+def test_under_transformations(transform):
+    """Wrong here: a check that a transformation drops, or that it makes always fail."""
+    for kind in ("long", "sum", "decreasing"):
+        f, wrong, right, message = BAD[kind]
+        number = re.search(r"is (-?\d+)", message)[0]
+        assert number in error_of(transform(f), X, jnp.array(wrong)), kind
+        assert error_of(transform(f), X, jnp.array(right)) is None, kind
+
+
+@pytest.mark.parametrize("kind", ("long", "sum", "decreasing"))
+@pytest.mark.parametrize(
+    "transform, x_spec", ((jax.jit, P("a")), (jax.jit, P()), (gradient, P("a")))
+)
+def test_inside_shard_map(kind, transform, x_spec):
+    """Wrong here: a device whose lengths nobody looks at."""
+    f, wrong, right, message = BAD[kind]
+    number = re.search(r"is (-?\d+)", message)[0]
+    local = jax.shard_map(
+        transform(f), mesh=mesh(), in_specs=(x_spec, P("a")), out_specs=P("a")
+    )
+    check = jax.jit(checkify.checkify(local))
+    x = X if x_spec else X[:1]
+    assert number in check(x, jnp.array(wrong))[0].get()
+    assert check(x, jnp.array(right))[0].get() is None
+
+
+@pytest.mark.parametrize("kinds", ("auto auto", "explicit explicit"))
+def test_sharded(kinds):
+    """Wrong here: a search for the bad row that a sharding stops."""
+    for kind in ("long", "sum", "decreasing"):
+        f, wrong, right, message = BAD[kind]
+        x = put(mesh(kinds), X, "a", None)
+        for values, want in ((wrong, True), (right, False)):
+            s = put(x.sharding.mesh, np.array(values), "a")
+            with jax.set_mesh(x.sharding.mesh):
+                error = error_of(jax.jit(f), x, s)
+            assert bool(re.search(message, error)) if want else error is None
+
+
+@pytest.mark.parametrize("asynchronous", (True, False))
+def test_chexify(asynchronous):
+    """Wrong here: chex's way of using checkify, which enables user checks alone."""
+    f = chex.chexify(jax.jit(reverse_sequence), async_check=asynchronous)
+    f(X, jnp.array([1, 2, 3, 4]))
+    f.wait_checks()
+    with pytest.raises(Exception, match=r"lengths\[1\] is 9"):
+        f(X, jnp.array([1, 9, 3, 4]))
+        f.wait_checks()
+
+
+@pytest.mark.parametrize(
+    "dtype, value, size",
+    (("int8", -1, 300), ("uint8", 200, 100), ("uint32", 2**32 - 1, 100)),
+)
+def test_narrow_and_wide_dtypes(dtype, value, size):
+    """Wrong here: a bound that wraps in the dtype of the lengths."""
+    lengths = jnp.array([3, value], dtype)
+    x = jnp.zeros((2, size))
+    assert f"lengths[1] is {value}" in error_of(reverse_sequence, x, lengths)
+    packed = jnp.stack([lengths, 0 * lengths], 1)  # No sum, one length alone.
+    assert f"lengths[1, 0] is {value}" in error_of(reverse_segments, x, packed)
+    good = jnp.array([3, np.minimum(np.iinfo(dtype).max, size)], dtype)
+    assert error_of(reverse_sequence, x, good) is None
+
+
+@pytest.mark.parametrize("dtype", ("int8", "uint8", "uint32"))
+def test_decreasing_unsigned_offsets(dtype):
+    """Wrong here: an unsigned difference, which cannot be negative."""
+    offsets = jnp.array([0, 5, 2], dtype)
+    assert "cu_seqlens decrease" in error_of(by_offsets, X[0], offsets)
+
+
+def test_only_where_asked_for():
+    """Wrong here: a set of checks that leaves user checks out runs ours."""
+    checked = checkify.checkify(reverse_sequence, errors=checkify.nan_checks)
+    assert checked(X, jnp.array([9, 9, 9, 9]))[0].get() is None
+
+
+@each_bad
+def test_free_without_checkify(bad):
+    """Wrong here: an effect, a callback, or a check in every call."""
+    f, wrong, *_ = bad
+    jaxpr = jax.make_jaxpr(f)(X, jnp.array(wrong))
+    assert not jaxpr.effects
+    assert "check" not in str(jaxpr)
+    text = jax.jit(f).lower(X, jnp.array(wrong)).as_text()
+    assert "custom_call" not in text and "callback" not in text
+
+
+def test_ids_and_nothing_have_no_bad_value():
+    """Wrong here: an error for ids of any value, or for no lengths at all."""
+    f = lambda x, s: reverse_segments(x, segment_ids=s, padding_id=-1)  # noqa: E731
+    assert error_of(f, X, jnp.full((4, 8), -9)) is None
+    assert error_of(reverse_segments, X, jnp.zeros((4, 0), int)) is None
+    assert error_of(reverse_sequence, X[:0], jnp.zeros((0,), int)) is None
+
+
+def test_packing_is_not_checked():
+    """Documented as cut: packing has no check, and must not break under checkify."""
+    f = lambda x, n: pack_segments(x, n, max_length=4)  # noqa: E731
+    assert error_of(f, X[0], jnp.array([3, 9])) is None
