@@ -1,6 +1,6 @@
 """A Pallas kernel for TPUs that reads each row once and writes it once.
 
-A grid step holds the whole segment axis of a row in VMEM, for at most 512 features, and
+A grid step holds the whole segment axis of a row in VMEM, for at most 1024 features, and
 copies step `source(t)` to step `t`. No axis of `x` moves: blocks are cut from `x` as it
 lies in memory, its last axis along the lanes of registers and the one before it along
 their sublanes. That one may be the segment axis, a batch axis (a block then has several
@@ -27,7 +27,7 @@ from jax_revseg._lowering import clip_lengths, source_index
 _LANES, _SUBLANES = 128, 8
 # The least that any generation of TPUs gives a kernel is 16 MiB, not all of it for us.
 _VMEM_BYTES = 14 * 2**20
-_MOST_STEPS, _WIDTHS = 512, (512, 256, 128)
+_MOST_STEPS, _WIDTHS = 512, (1024, 512, 256, 128)
 _DTYPES = ("float32", "bfloat16", "float8_e4m3fn", "float8_e5m2") + tuple(
     f"{sign}{bits}" for sign in ("int", "uint") for bits in (8, 16, 32)
 )
@@ -117,20 +117,25 @@ def _kernel(
         return word
 
     def copy(t: jax.Array, _: None) -> None:
-        if target.ndim == 2:  # Steps share words.
-            at = [position(0, t * packed + k) for k in range(packed)]
-            rows = [source[pl.ds(lax.div(s, packed), 1)] for s in at]
-            at = [lax.rem(s, packed) for s in at]
-            target[pl.ds(t, 1)] = merged(list(zip(rows, at, strict=True)))
-        elif batched:  # Rows share words.
-            for i in range(target.shape[1]):
-                at = [position(i * packed + k, t) for k in range(packed)]
-                rows = [source[s, pl.ds(i, 1)] for s in at]
-                target[t, pl.ds(i, 1)] = merged([(r, k) for k, r in enumerate(rows)])
-        else:
+        if target.ndim == 3 and not batched:
             target[t] = source[position(0, t)]
+            return
+        for i in range(_SUBLANES):  # Unrolled: addresses take longer than the copy.
+            if batched:  # Rows share words.
+                at = [position(i * packed + k, t) for k in range(packed)]
+                rows = [(source[s, pl.ds(i, 1)], k) for k, s in enumerate(at)]
+                target[t, pl.ds(i, 1)] = merged(rows)
+            else:  # Steps share words.
+                word = t * _SUBLANES + i
+                at = [position(0, word * packed + k) for k in range(packed)]
+                rows = [
+                    (source[pl.ds(lax.div(s, packed), 1)], lax.rem(s, packed))
+                    for s in at
+                ]
+                target[pl.ds(word, 1)] = merged(rows)
 
-    lax.fori_loop(0, target.shape[0], copy, None)
+    tiles = target.shape[0] // (1 if target.ndim == 3 else _SUBLANES)
+    lax.fori_loop(0, tiles, copy, None)
     if words:
         _bitcast(target, out)
 
