@@ -49,7 +49,7 @@ def table(name: str, row: Row) -> Table:
     for t in row["times"]:
         low, high = t["quartiles"]
         out.add_row(
-            t["name"] + (", vjp" if t["direction"] == "vjp" else ""),
+            t["name"] + (f", {t['direction']}" * (t["direction"] != "forward")),
             t["regime"],
             f"{1e3 * t['seconds']:.3g}",
             f"{100 * (high - low) / t['seconds']:.0f}%",

@@ -198,15 +198,21 @@ def forms(data: Data) -> str:
 
 
 def rnn(data: Data) -> str:
-    """Rows called rnn-...: a step of a bidirectional network, in several ways."""
+    """A step of a bidirectional network, in several ways."""
     body = [
-        [f"`{name}`", t["name"], t["direction"], _ms(t), _to(t, "ours")]
+        [
+            f"`{name.removeprefix('rnn-')}`",
+            *(t["name"], t["direction"], _ms(t)),
+            *(_to(t, to) if _quiet(row) else "noisy" for to in ("ours", "two scans")),
+        ]
         for name, row in rows(data, "rnn").items()
         for t in row["times"]
+        if not t["name"].endswith(", again")
     ]
     if not body:
         return "Not run."
-    return _markdown(["case", "way", "direction", "ms", "to ours"], body)
+    head = ["N, T, D, H", "way", "direction", "ms", "to ours", "to two scans"]
+    return _markdown(head, body)
 
 
 def pictures(data: Data) -> str:

@@ -6,13 +6,11 @@ import dataclasses
 import resource
 from collections.abc import Callable, Iterator
 from functools import partial
-from importlib import import_module
-from importlib.util import find_spec
 from typing import Any, NamedTuple
 
 import jax
 
-from benchmarks import dispatch, forms
+from benchmarks import dispatch, forms, rnn
 from benchmarks.contenders import (
     ADD,
     OURS,
@@ -158,6 +156,26 @@ def forms_measure(case: Case, options: Options) -> Row:
     return measure(case, short, {"forms": forms.contenders}, regimes=("reused",))
 
 
+def rnn_measure(shape: tuple[int, int, int, int], options: Options) -> Row:
+    """A step of a bidirectional network, ours first, and ours once more."""
+    with jax.default_device(options.device):
+        contenders = rnn.contenders(shape)
+        again = dataclasses.replace(contenders[0], name=f"{contenders[0].name}, again")
+        samples = take_turns(
+            [*contenders, again], 2 * options.seconds, options.least_rounds
+        )
+
+    def beside(key: tuple[str, str, str]) -> dict[str, tuple[str, str, str]]:
+        names = {"ours": contenders[0].name, "two scans": "two scans"}
+        return {label: (name, *key[1:]) for label, name in names.items()}
+
+    return {
+        "shape": shape,
+        "noise": noise(samples[contenders[0].key], samples[again.key]),
+        "times": summary(samples, beside),
+    }
+
+
 # ---- the table of all
 
 
@@ -176,7 +194,7 @@ def all_rows(quick: bool = False) -> dict[str, Measure]:
     rows["dispatch"] = dispatch.measure
     for name, case in forms.CASES.items():
         rows[name] = partial(forms_measure, cut(case))
-    if find_spec("benchmarks.rnn"):
-        rows |= import_module("benchmarks.rnn").rows(quick)
+    for shape in rnn.QUICK if quick else rnn.SHAPES:
+        rows[f"rnn-{'x'.join(map(str, shape))}"] = partial(rnn_measure, shape)
     rows |= {case.name: partial(curve_measure, cut(case)) for case in curves()}
     return rows
