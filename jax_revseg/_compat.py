@@ -36,7 +36,7 @@ def pvary(x: jax.Array, axes: frozenset[Any]) -> jax.Array:
         return x
     if hasattr(jax.lax, "pcast"):  # From 0.8.2 on this is the only way.
         return jax.lax.pcast(x, tuple(axes), to="varying")
-    return jax.lax.pvary(x, tuple(axes))
+    return jax.lax.pvary(x, tuple(axes))  # pyright: ignore
 
 
 def struct_like(x: jax.Array) -> jax.ShapeDtypeStruct:
@@ -52,7 +52,7 @@ def struct_like(x: jax.Array) -> jax.ShapeDtypeStruct:
 def staged(*operands: Any) -> bool:
     """Whether a bind of these operands is traced rather than run at once."""
     return not core.trace_ctx.is_top_level() or any(
-        isinstance(operand, jax.core.Tracer) for operand in operands
+        isinstance(operand, core.Tracer) for operand in operands
     )
 
 
@@ -95,7 +95,8 @@ def register_checkify_rule(
             exception = checkify.FailedCheckError(
                 checkify.get_traceback(), message, **values
             )
-            error = checkify.assert_func(*context, error, failed, exception)
+            assert_func: Any = checkify.assert_func
+            error = assert_func(*context, error, failed, exception)
         return error, out
 
     checkify.error_checks[primitive] = rule

@@ -7,6 +7,7 @@ device, and traced ones, are never waited for.
 
 from __future__ import annotations
 
+import math
 import operator
 from collections.abc import Sequence
 from functools import lru_cache, partial
@@ -26,7 +27,7 @@ Integers = ArrayLike | Sequence[Any]  # ArrayLike leaves lists out.
 class Segments(NamedTuple):
     """The operands and parameters of one bind, but for `x`."""
 
-    values: jax.Array | np.ndarray
+    values: Any  # A JAX array, or a NumPy array that was checked.
     axis: int
     batch_axes: tuple[int, ...]
     layout: str
@@ -114,11 +115,11 @@ def as_padding_value(name: str, dtype: DTypeLike, value: Any) -> jax.Array:
     try:
         # Extended dtypes, those of keys, take part in no promotion.
         fits = given == dtype or jnp.result_type(dtype, value) == dtype
-        if fits and jnp.issubdtype(dtype, jnp.integer) and isinstance(value, int):
-            fits = jnp.iinfo(dtype).min <= value <= jnp.iinfo(dtype).max
-        if fits and jnp.issubdtype(dtype, jnp.floating) and scalar:
-            largest = float(jnp.finfo(dtype).max)
-            fits = not np.isfinite(float(value)) or abs(value) <= largest
+        if fits and isinstance(value, int | float):
+            if jnp.issubdtype(dtype, jnp.integer):
+                fits = jnp.iinfo(dtype).min <= value <= jnp.iinfo(dtype).max
+            elif jnp.issubdtype(dtype, jnp.floating) and math.isfinite(value):
+                fits = abs(value) <= float(jnp.finfo(dtype).max)
     except (TypeError, ValueError, OverflowError):
         fits = False
     if not fits:
@@ -403,7 +404,7 @@ def ids(
 
 def unpacked(
     name: str, x: jax.Array, lengths: np.ndarray | jax.Array, total_length: int
-) -> jax.Array:
+) -> np.ndarray | jax.Array:
     """The lengths of rows that will be laid end to end."""
     if x.ndim < 2 or lengths.shape != x.shape[:1]:
         raise ValueError(

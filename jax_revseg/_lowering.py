@@ -34,9 +34,9 @@ def widen(lengths: jax.Array, size: int) -> jax.Array:
 def clip_lengths(lengths: jax.Array, size: int) -> jax.Array:
     """Lengths in `[0, size]`, in the dtype of positions."""
     lengths = widen(lengths, size)
-    if isinstance(size, int):  # A Python integer past 2**31 is refused as an operand.
-        size = np.asarray(size, lengths.dtype)
-    return jnp.clip(lengths, 0, size)
+    # A Python integer past 2**31 is refused as an operand.
+    limit = np.asarray(size, lengths.dtype) if isinstance(size, int) else size
+    return jnp.clip(lengths, 0, limit)
 
 
 def packed_sums(lengths: jax.Array, size: int) -> jax.Array:
