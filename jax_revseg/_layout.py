@@ -404,7 +404,7 @@ def ids(
 
 def unpacked(
     name: str, x: jax.Array, lengths: np.ndarray | jax.Array, total_length: int
-) -> np.ndarray | jax.Array:
+) -> Any:
     """The lengths of rows that will be laid end to end."""
     if x.ndim < 2 or lengths.shape != x.shape[:1]:
         raise ValueError(

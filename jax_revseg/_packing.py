@@ -54,11 +54,11 @@ def pack_segments(
     max_length = _layout.as_size(name, "max_length", max_length)
     values = _layout.as_integers(name, "lengths", lengths)
     _layout.check_rank_one(name, values)
-    lengths = _layout.packed(name, x, values, 0, ()).values
+    values = _layout.packed(name, x, values, 0, ()).values
     value = _layout.as_padding_value(name, x.dtype, padding_value)
     if x.shape[0] == 0:
-        return jnp.full((lengths.shape[0], max_length, *x.shape[1:]), value)
-    end = packed_ends(lengths, x.shape[0])[:, None]
+        return jnp.full((values.shape[0], max_length, *x.shape[1:]), value)
+    end = packed_ends(values, x.shape[0])[:, None]
     start = jnp.concatenate([jnp.zeros_like(end[:1]), end[:-1]])
     index = start + jnp.arange(max_length, dtype=end.dtype)
     valid = (index < end).reshape(*index.shape, *[1] * (x.ndim - 1))
@@ -99,7 +99,7 @@ def unpack_segments(x: ArrayLike, lengths: Integers, *, total_length: int) -> ja
     total_length = _layout.as_size(name, "total_length", total_length)
     values = _layout.as_integers(name, "lengths", lengths)
     _layout.check_rank_one(name, values)
-    lengths = _layout.unpacked(name, x, values, total_length)
+    values = _layout.unpacked(name, x, values, total_length)
     if jnp.issubdtype(x.dtype, jax.dtypes.extended):
         raise TypeError(
             f"{name}: x has dtype {x.dtype}, which has no zero for the tail; unpack "
@@ -108,8 +108,7 @@ def unpack_segments(x: ArrayLike, lengths: Integers, *, total_length: int) -> ja
     zero = jnp.zeros((), x.dtype)
     if 0 in x.shape[:2]:
         return jnp.full((total_length, *x.shape[2:]), zero)
-    lengths = clip_lengths(lengths, x.shape[1])
-    end = packed_ends(lengths, total_length)
+    end = packed_ends(clip_lengths(values, x.shape[1]), total_length)
     start = jnp.concatenate([jnp.zeros_like(end[:1]), end[:-1]])
     t = jnp.arange(total_length, dtype=end.dtype)
     t = _compat.pvary(t, _compat.varying(jax.typeof(end)))  # searchsorted needs it.
