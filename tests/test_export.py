@@ -1,0 +1,157 @@
+"""jax.export: one artifact for every platform and every size, now and years on.
+
+`python tests/test_export.py` writes the fixture, which must come from the oldest
+supported JAX: run it there, and only when that version moves.
+"""
+
+import contextlib
+import pathlib
+import re
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from cases import SMALL, assert_same_bits
+from jax import export
+
+from jax_revseg import reverse_segment_order
+
+PLATFORMS = ("cpu", "cuda", "rocm", "tpu")
+FIXTURE = pathlib.Path(__file__).parent / "fixtures" / "exported-by-jax-0.7.2.bin"
+# What StableHLO cannot say by itself: jax.export's check of the sizes that it is called
+# with, and the running sum of packed lengths where their number is not known.
+SHAPES = {"shape_assertion"}
+SUMS = {"shape_assertion", "stablehlo.dynamic_reduce_window"}
+SEGMENTS = {
+    "padded": ("b", SHAPES),
+    "packed": ("b, k", SUMS),
+    "ids": ("b, t", SHAPES),
+    "offsets": ("b, k + 1", SUMS),
+}
+
+
+def exported(f, segments, x="b, t, d"):
+    scope = export.SymbolicScope()
+    x = jax.ShapeDtypeStruct(export.symbolic_shape(x, scope=scope), jnp.float32)
+    shape = export.symbolic_shape(segments, scope=scope)
+    segments = jax.ShapeDtypeStruct(shape, jnp.int32)
+    return export.export(jax.jit(f), platforms=PLATFORMS)(x, segments)
+
+
+def custom_calls(artifact):
+    return set(re.findall(r"custom_call @([\w.]+)", artifact.mlir_module()))
+
+
+@pytest.mark.parametrize("case", SMALL, ids=lambda case: case.layout)
+def test_every_size_symbolic(case):
+    """Wrong here: a size baked in, a call that another platform lacks, no gradient."""
+    segments, calls = SEGMENTS[case.layout]
+    artifact = exported(case.call, segments)
+    assert artifact.platforms == PLATFORMS
+    assert custom_calls(artifact) == custom_calls(artifact.vjp()) == calls
+    loaded = export.deserialize(artifact.serialize(vjp_order=2))
+    for x, s in (
+        (case.x(), case.segments()),
+        (case.x()[:2].repeat(3, 2), case.segments()[:2]),
+        (case.x().repeat(40, 1), case.segments().repeat(*REPEATS[case.layout])),
+    ):
+        y, vjp = jax.vjp(lambda x: loaded.call(x, s), x)  # noqa: B023
+        assert_same_bits(y, case.expected(x, s))
+        assert_same_bits(vjp(x)[0], y)
+
+    def energy(x):
+        return (loaded.call(x, s) ** 3).sum()
+
+    x = np.arange(x.size, dtype=np.float32).reshape(x.shape) / 8
+    directional = jax.grad(lambda x: jax.grad(energy)(x).sum())
+    np.testing.assert_allclose(directional(x), 6 * x, rtol=1e-6)
+
+
+# More steps, or more segments of them: T is then 280, past one word of 32 positions.
+REPEATS = {"padded": (1, 0), "packed": (1, 0), "ids": (40, 1), "offsets": (1, 0)}
+
+
+@pytest.mark.parametrize("case", SMALL[:3], ids=lambda case: case.layout)
+def test_known_sizes_need_no_custom_call(case):
+    """Wrong here: a kernel or a library call where plain StableHLO would do."""
+    x, s = case.x(), case.segments()
+    artifact = export.export(jax.jit(case.call), platforms=PLATFORMS)(x, s)
+    assert custom_calls(artifact) == custom_calls(artifact.vjp()) == set()
+
+
+@pytest.mark.parametrize("case", SMALL[:3], ids=lambda case: case.layout)
+def test_padding_value(case):
+    """Wrong here: the mask of a symbolic size, or that of out-of-range lengths."""
+    segments, calls = SEGMENTS[case.layout]
+    artifact = exported(lambda x, s: case.call(x, s, padding_value=5.0), segments)
+    assert custom_calls(artifact) == calls
+    x, s = case.x(), case.segments()
+    if case.layout != "ids":
+        s = s * 3 - 2
+    assert_same_bits(artifact.call(x, s), case.expected(x, s, 5.0))
+
+
+def test_order_of_segments():
+    artifact = exported(reverse_segment_order, "b, k")
+    x, lengths = SMALL[1].x(), SMALL[1].segments()
+    for actual, want in zip(
+        artifact.call(x, lengths), reverse_segment_order(x, lengths), strict=True
+    ):
+        assert_same_bits(actual, want)
+
+
+FIXTURE_SHAPES = ("b, 7, d", "b", "b, 3", "b, 7")
+
+
+def every_layout(x, padded, packed, ids):
+    segments = (padded, packed, ids)
+    return tuple(case.call(x, s) for case, s in zip(SMALL, segments, strict=False))
+
+
+@contextlib.contextmanager
+def expired_artifacts():
+    """Consents to load artifacts older than the six months that JAX promises."""
+    flag = "jax_export_deserialize_expired_versions"
+    if not hasattr(jax.config, flag):  # Only JAX 0.12 and newer ask.
+        yield
+        return
+    jax.config.update(flag, True)
+    try:
+        with pytest.warns(DeprecationWarning, match="6-month"):
+            yield
+    finally:
+        jax.config.update(flag, False)
+
+
+def test_artifact_of_the_oldest_jax():
+    """Wrong here: an artifact that somebody stored, and this JAX cannot run."""
+    # Integers: the gradients of all three results are added.
+    x = np.arange(112, dtype=np.float32).reshape(4, 7, 4)
+    segments = [case.segments() for case in SMALL[:3]]
+    with expired_artifacts():  # The gradient is loaded when it is asked for.
+        loaded = export.deserialize(bytearray(FIXTURE.read_bytes()))
+        ys, vjp = jax.vjp(lambda x: loaded.call(x, *segments), x)
+        zeros = [np.zeros_like(x) for _ in ys]
+        x_bars = [vjp((*zeros[:i], x, *zeros[i + 1 :]))[0] for i in range(len(ys))]
+    assert loaded.platforms == PLATFORMS
+    for case, s, y, x_bar in zip(SMALL, segments, ys, x_bars, strict=False):
+        assert_same_bits(y, case.expected(x, s), case.name)
+        assert_same_bits(x_bar, y, case.name)
+
+
+if __name__ == "__main__":
+    if jax.__version__ not in FIXTURE.name:
+        sys.exit(f"{FIXTURE.name} must not come from JAX {jax.__version__}.")
+    # Keep the paths of this machine out of it.
+    jax.config.update("jax_hlo_source_file_canonicalization_regex", ".*/")
+    scope = export.SymbolicScope()
+    shapes = [export.symbolic_shape(s, scope=scope) for s in FIXTURE_SHAPES]
+    x, *segments = [
+        jax.ShapeDtypeStruct(shape, jnp.int32 if i else jnp.float32)
+        for i, shape in enumerate(shapes)
+    ]
+    artifact = export.export(jax.jit(every_layout), platforms=PLATFORMS)(x, *segments)
+    FIXTURE.parent.mkdir(exist_ok=True)
+    FIXTURE.write_bytes(artifact.serialize(vjp_order=1))
