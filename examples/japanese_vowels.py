@@ -1,8 +1,8 @@
 """Who is speaking? A bidirectional GRU on real ragged speech, done in four ways.
 
 Utterances have 7 to 29 steps of 12 channels, by 9 speakers. A model reads each with a
-GRU in one or both directions and classifies it by the final states. Data: M. Kudo et al.,
-Pattern Recognition Letters 20 (1999) 1103-1111; UCI, doi 10.24432/C5NS47.
+GRU in one or both directions and classifies it by the final states. Data: M. Kudo et
+al., Pattern Recognition Letters 20 (1999) 1103-1111; UCI, doi 10.24432/C5NS47.
 """
 
 import argparse
