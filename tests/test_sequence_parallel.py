@@ -4,13 +4,8 @@ Every test compares with the reversal of the whole array, so that a block that w
 the wrong device, or came back to the wrong place, shows.
 """
 
-import os
 import re
-import socket
-import subprocess
-import sys
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -21,6 +16,7 @@ from cases import Case, assert_same_bits
 from jax import lax
 from jax.experimental import checkify
 from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
+from processes import run_two
 
 from jax_revseg import (
     _reference,
@@ -29,8 +25,6 @@ from jax_revseg import (
     reverse_segments,
     reverse_sequence,
 )
-
-ROOT = Path(__file__).parents[1]
 
 
 def make_mesh(axis_type=AxisType.Auto, **sizes):
@@ -511,31 +505,5 @@ def test_compiled_for_a_tpu(monkeypatch):
 
 
 def test_two_processes():
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        address = f"127.0.0.1:{free.getsockname()[1]}"
-    environment = os.environ | {
-        "JAX_PLATFORMS": "cpu",
-        "XLA_FLAGS": "--xla_force_host_platform_device_count=2",
-        "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")]),
-    }
-    program = ROOT / "tests" / "sequence_process.py"
-    processes = [
-        subprocess.Popen(
-            [sys.executable, str(program), address, str(i)],
-            env=environment,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        for i in range(2)
-    ]
-    try:
-        outputs = [process.communicate(timeout=100)[0] for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
-            process.wait()
-    for process, output in zip(processes, outputs, strict=True):
-        assert process.returncode == 0, output
+    for output in run_two("sequence_process.py"):
         assert "4 devices, values and gradients right" in output

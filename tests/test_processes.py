@@ -1,0 +1,19 @@
+"""Several processes: what one machine's tests cannot see, such as a value that a
+process takes from its own memory though another one has the right one."""
+
+import subprocess
+
+import pytest
+from processes import run_two
+
+
+def test_rows_over_two_processes():
+    """Wrong here: values or gradients, in any sharding mode, of any encoding."""
+    for output in run_two("process_worker.py"):
+        assert "2 processes, 4 devices: all right" in output
+
+
+def test_the_time_limit_holds():
+    """Wrong here: processes that outlive a test which failed."""
+    with pytest.raises(subprocess.TimeoutExpired):
+        run_two("process_worker.py", limit=0.1)
