@@ -245,3 +245,18 @@ def test_packing():
     ct = integers((24, 4), 1)
     want = (ct.reshape(4, 6, 4) * kept[..., None]).sum(0)
     np.testing.assert_array_equal(vjp(ct)[0], want)
+
+
+@pytest.mark.skipif(not hasattr(jax, "pmap"), reason="this JAX has no pmap any more")
+def test_pmap():
+    """Wrong here: a gradient that is not summed over the devices that share x."""
+    x = integers((1, 6, 4))
+    segments = [s[:, None] for s in SEGMENTS]  # One row on each of 8 devices.
+    cts = [integers((8, 1, 6, 4), seed) for seed in range(len(CASES))]
+    f = jax.pmap(every_case(), in_axes=(None, 0))
+    ys, vjp = jax.vjp(lambda x: f(x, segments), x)
+    (x_bar,), want_bar = vjp(cts), np.zeros_like(x)
+    for case, s, y, ct in zip(CASES, SEGMENTS, ys, cts, strict=True):
+        assert_same_bits(y[:, 0], case.expected(np.tile(x, (8, 1, 1)), s), case.name)
+        want_bar += case.expected(ct[:, 0], s).sum(0)
+    np.testing.assert_array_equal(x_bar, want_bar)
