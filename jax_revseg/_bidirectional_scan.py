@@ -113,7 +113,7 @@ def _first_step(x: jax.Array, live: jax.Array) -> jax.Array:
     """The first valid step of each row of a time-major array; zero where none is."""
     index = jnp.argmax(live, 0, keepdims=True)
     index = lax.expand_dims(index, range(index.ndim, x.ndim))
-    first = jnp.take_along_axis(x, index, 0)[0]
+    first = jnp.take_along_axis(x, index, 0, mode="promise_in_bounds")[0]
     # Its cotangent is zero, so nothing is lost by not scattering it back.
     return lax.stop_gradient(_select(live.any(0), first, _zeros(first)))
 
