@@ -4,6 +4,8 @@ Haiku has no bidirectional layer. Compared is each row on its own, cut to its le
 unrolled by Haiku forward and with `reverse=True`.
 """
 
+from typing import Any
+
 import haiku as hk
 import jax
 import jax.numpy as jnp
@@ -17,10 +19,10 @@ def main():
     x, lengths = batch()
     sizes = lengths.tolist()
 
-    def unroll(core, x, reverse=False):
+    def unroll(core, x, reverse=False) -> Any:
         start = core.initial_state(len(x))
         ys, _ = hk.dynamic_unroll(core, x, start, time_major=False, reverse=reverse)
-        return ys
+        return jnp.asarray(ys)  # By its type it could be a tree.
 
     def cores():
         return hk.LSTM(H, name="forward"), hk.LSTM(H, name="backward")

@@ -106,7 +106,9 @@ def train(batches, steps, name):
         return optax.apply_updates(params, updates), state, value, right
 
     batch = jax.tree.map(jnp.asarray, batches)
-    first = step(params, state, batch)[2].item()  # And it is compiled.
+    value, right = step(params, state, batch)[2:]  # And it is compiled.
+    first = value.item()
+    value = right = jnp.zeros(())
     start = time.perf_counter()
     for _ in tqdm(range(steps), desc=name):
         params, state, value, right = step(params, state, batch)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -181,7 +181,7 @@ def _vary_alike(tree: Any, others: Any) -> Any:
 
 def bidirectional_scan(
     f: Callable[[Any, Any, Any], tuple[Any, Any]],
-    params: tuple[Any, Any],
+    params: Sequence[Any],
     init: Any,
     xs: Any,
     lengths: ArrayLike | None = None,

@@ -18,8 +18,8 @@ from jax.interpreters import ad as ad, batching as batching, mlir as mlir
 from jax.interpreters.xla import apply_primitive as apply_primitive
 from jax.sharding import auto_axes, reshard as reshard
 
-# `jax.extend.core` has it as well, but from 0.10 on imports Pallas with it: that is most
-# of the time that importing this package would take.
+# `jax.extend.core` has it as well, but from 0.10 on imports Pallas with it: that is
+# most of the time that importing this package would take.
 Primitive = core.Primitive
 
 JAX_VERSION = tuple(int(part) for part in jax.__version__.split(".")[:3])
