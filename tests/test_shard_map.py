@@ -103,29 +103,24 @@ def test_partly_manual(name, kinds):
     check(jax.jit(sharded(every_case(), name, mesh(kinds), axis_names={"a"})), name)
 
 
-def row_by_row(f):
-    return lambda x, s: lax.map(lambda row: f(row[0][None], row[1][None])[0], (x, s))
-
-
 INSIDE = {
     "vmap": lambda f: lambda x, s: jax.vmap(lambda x, s: f(x[None], s[None])[0])(x, s),
     "vmap-segments": lambda f: lambda x, s: jax.vmap(f, (None, 0))(x, s[None])[0],
     "scan": lambda f: (
         lambda x, s: lax.scan(lambda _, s: (0, f(x, s)), 0, s[None])[1][0]
     ),
-    "map": row_by_row,
     "remat": jax.checkpoint,
     "cond": lambda f: (
         lambda x, s: lax.cond(s.sum() < 0, lambda x, s: f(f(x, s), s), f, x, s)
     ),
-    "jit": jax.jit,
 }
 
 
-@pytest.mark.parametrize("name", ("rows", "x-replicated"))
 @pytest.mark.parametrize("transform", INSIDE.values(), ids=INSIDE)
-def test_transformed_inside(name, transform):
-    check(jax.jit(sharded(every_case(transform), name)), name)
+def test_transformed_inside(transform):
+    """Wrong here: the sum over devices, lost by a rule of the transformation's."""
+    call = sharded(every_case(transform), "x-replicated")
+    check(jax.jit(call), "x-replicated")
 
 
 OUTSIDE = {
@@ -147,14 +142,14 @@ def add_axis(tree):
     return jax.tree.map(lambda s: s[None], tree)
 
 
-@pytest.mark.parametrize("name", ("rows", "x-replicated"))
 @pytest.mark.parametrize("transform", OUTSIDE.values(), ids=OUTSIDE)
-def test_transformed_outside(name, transform):
-    call = transform(sharded(every_case(), name))
-    check(jax.jit(lambda x, s: [y[0] for y in call(x, s)]), name)
+def test_transformed_outside(transform):
+    """Wrong here: the same, or a mesh axis that vmap names and nobody sums over."""
+    call = transform(sharded(every_case(), "x-replicated"))
+    check(jax.jit(lambda x, s: [y[0] for y in call(x, s)]), "x-replicated")
 
 
-@pytest.mark.parametrize("name", SPECS)
+@pytest.mark.parametrize("name", ("x-replicated", "x-features-only", "one-axis-each"))
 def test_gradient_inside(name):
     """Wrong here: a gradient taken on each device, which must be summed over those
     that share one x."""
@@ -173,15 +168,6 @@ def test_gradient_inside(name):
     for case, segments, ct, x_bar in zip(CASES, SEGMENTS, cts, actual, strict=True):
         want = by_hand(case, x, segments, ct, *SPECS[name][:3])[1]
         np.testing.assert_array_equal(x_bar, want, case.name)
-
-
-def test_forward_mode():
-    """Wrong here: a tangent that does not vary as its value does."""
-    x, _ = operands("x-replicated")
-    f = jax.jit(sharded(every_case(), "x-replicated"))
-    ys, tangents = jax.jvp(lambda x: f(x, SEGMENTS), (x,), (-x,))
-    for y, tangent in zip(ys, tangents, strict=True):
-        assert_same_bits(-tangent, y)
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.layout)
