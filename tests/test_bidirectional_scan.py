@@ -1,6 +1,7 @@
 """One loop over both directions: values, gradients, padding, packed rows, errors."""
 
 from functools import partial
+from typing import Any
 
 import chex
 import jax
@@ -209,11 +210,8 @@ def test_step_that_only_valid_steps_can_take(padded):
         return left - 1, scale / (left * x) + jnp.log(left)
 
     def loss(params, init, xs):
-        rows = (
-            {"lengths": lengths}
-            if padded
-            else {"segment_ids": ~np.isnan(xs_host) * 1, "padding_id": 0}
-        )
+        packed = {"segment_ids": ~np.isnan(xs_host) * 1, "padding_id": 0}
+        rows: dict[str, Any] = {"lengths": lengths} if padded else packed
         carries, ys = bidirectional_scan(countdown, params, init, xs, **rows)
         return weigh((carries, ys))
 
@@ -453,7 +451,7 @@ def test_errors_of_the_step():
     with pytest.raises(ValueError, match=r"a y of f has shape \(\), .* axes \(6,\)"):
         call(lambda p, c, x: (c, c.sum()), init=init)
     with pytest.raises(ZeroDivisionError):  # Not an error about the pair it is not.
-        call(lambda p, c, x: 1 // 0, init=(init, init))
+        call(lambda p, c, x: (c, 1 // 0), init=(init, init))
     with pytest.raises(ValueError, match=r"axis is 2, but a y of f has shape \(6,\)"):
         call(lambda p, c, x: (c, c[:, 0]), init=init, xs=xs.swapaxes(1, 2), axis=2)
     with pytest.raises(ValueError, match=r"axis, its size\) at \[\(1, 6\), \(2, 6\)\]"):
