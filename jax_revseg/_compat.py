@@ -22,7 +22,7 @@ from jax.sharding import auto_axes, reshard as reshard
 # most of the time that importing this package would take.
 Primitive = core.Primitive
 
-JAX_VERSION = tuple(int(part) for part in jax.__version__.split(".")[:3])
+JAX_VERSION = jax.__version_info__  # Numbers, also of a release candidate.
 
 
 def varying(aval: Any) -> frozenset[Any]:

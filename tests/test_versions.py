@@ -1,0 +1,78 @@
+"""What is said of JAX's versions, and the one file that may look at them."""
+
+import ast
+import pathlib
+import re
+import subprocess
+
+import jax
+import pytest
+
+from jax_revseg import _compat
+
+ROOT = pathlib.Path(__file__).parents[1]
+PRIVATE = ("jax._src", "jax.extend", "jax.interpreters", "jaxlib")
+
+
+def names(path):
+    """Every module that a file imports, and every dotted name that it uses."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom):
+            yield from (f"{node.module}.{name.name}" for name in node.names)
+        elif isinstance(node, ast.Import):
+            yield from (name.name for name in node.names)
+        elif isinstance(node, ast.Attribute):
+            yield ast.unparse(node)
+
+
+def test_one_file_knows_the_versions():
+    """A private import, or a branch on the version, is where nobody looks for it."""
+    for path in (ROOT / "jax_revseg").glob("*.py"):
+        if path.name != "_compat.py":
+            for name in names(path):
+                assert not name.startswith(PRIVATE), (path.name, name)
+            assert not re.search(r"JAX_VERSION|hasattr\((jax|lax)", path.read_text()), (
+                path
+            )
+
+
+def test_every_branch_says_when_it_goes():
+    """A branch of _compat.py outlives the last version that needs it."""
+    lines = (ROOT / "jax_revseg" / "_compat.py").read_text().splitlines()
+    branches = [
+        i
+        for i, line in enumerate(lines)
+        if re.search(r"\bif .*(VERSION|hasattr)", line)
+    ]
+    assert branches
+    for i in branches:
+        assert re.search(r"# From 0\.\d+\.\d+ on", lines[i]), lines[i]
+
+
+def test_every_place_names_the_same_oldest_version():
+    """The oldest version that is promised is not the one that is tested."""
+    read = lambda name: (ROOT / name).read_text()  # noqa: E731
+    (oldest,) = set(re.findall(r"jax(?:\[\w+\])?>=([\d.]+)", read("pyproject.toml")))
+    assert re.search(rf"^VERSIONS := {re.escape(oldest)} ", read("Makefile"), re.M)
+    assert f'jax: ["{oldest}",' in read(".github/workflows/ci.yml")
+    assert oldest in read("README.md")
+    assert (ROOT / f"tests/fixtures/exported-by-jax-{oldest}.bin").exists()
+
+
+def test_this_jax_is_supported():
+    """The tests run on a JAX that the package does not promise."""
+    assert jax.__version_info__[:3] >= (0, 7, 2)
+    assert _compat.JAX_VERSION[:2] == tuple(map(int, jax.__version__.split(".")[:2]))
+
+
+@pytest.mark.skipif(not (ROOT / ".ci").exists(), reason="not a checkout")
+def test_missing_python_does_not_pass_for_run(tmp_path):
+    """A version that no Python here can run is reported as if it had passed."""
+    run = subprocess.run(
+        [ROOT / ".ci" / "find-python", "3.99"],
+        capture_output=True,
+        text=True,
+        env={"PATH": "/usr/bin:/bin", "HOME": str(tmp_path)},
+    )
+    assert run.returncode != 0
+    assert "NOT RUN: no Python 3.99" in run.stderr
