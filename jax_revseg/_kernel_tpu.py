@@ -3,8 +3,8 @@
 A grid step holds the whole segment axis of a row in VMEM, for at most 1024 features,
 and copies step `source(t)` to step `t`. No axis of `x` moves: blocks are cut from `x`
 as it lies in memory, its last axis along the lanes of registers and the one before it
-along their sublanes. That one may be the segment axis, a batch axis (a block then has several
-rows, each with its own segments) or a feature axis.
+along their sublanes. That one may be the segment axis, a batch axis (a block then has
+several rows, each with its own segments) or a feature axis.
 
 It runs where `implementation="pallas"` asks for it and `plan` finds blocks. Importing
 Pallas takes longer than all the rest: only the lowering may import this file.
