@@ -1,0 +1,294 @@
+"""TPUs: the kernel that one may ask for, and what the compiler makes of the gather.
+
+The kernel's values are checked in Pallas's interpreters, and on a TPU where there is
+one. Programs are compiled ahead of time, for chips that are not there.
+"""
+
+import dataclasses
+import importlib.util
+import json
+import math
+import subprocess
+import sys
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax._src.interpreters import mlir
+from jax.experimental.pallas import tpu as pltpu
+from jax.sharding import Mesh, PartitionSpec as P
+
+from benchmarks import tpu_aot
+from jax_revseg import (
+    _kernel_tpu,
+    reverse_segment_order,
+    reverse_segments_p,
+    reverse_sequence,
+)
+from tests.cases import AXES, KINDS, LENGTHS_TYPES, Case, assert_same_bits
+
+by_name = partial(pytest.mark.parametrize, ids=lambda case: case.name)
+needs_compiler = pytest.mark.skipif(
+    importlib.util.find_spec("libtpu") is None,
+    reason="libtpu, the compiler for TPUs, is not installed",
+)
+
+# The table of cases with rows of 128 values, which are what the kernel takes.
+WIDE_KINDS = tuple(
+    dataclasses.replace(case, shape=(*case.shape[:-1], 128)) for case in KINDS
+)
+WIDE_AXES = tuple(
+    dataclasses.replace(case, shape=(*case.shape, 128))
+    for case in AXES
+    if 0 not in case.shape
+)
+WIDE_LENGTHS = tuple(
+    dataclasses.replace(case, shape=(*case.shape, 128))
+    for case in LENGTHS_TYPES
+    if case.lengths_dtype in ("int8", "uint8", "uint32")
+)
+
+# Where the axis before the last is the segment axis, a batch axis, or a feature axis;
+# sizes that tiles and blocks do not divide, and more steps than a block holds.
+PLACES = (
+    ((3, 43, 200), 1, (0,)),
+    ((2, 1100, 128), 1, (0,)),
+    ((40, 128), 0, ()),
+    ((21, 9, 130), 0, (1,)),
+    ((600, 3, 128), 0, (1,)),
+    ((3, 7, 5, 128), 1, (0,)),
+    ((2, 1, 2, 7, 11, 128), 3, (4, 1, 0)),
+)
+LAYOUTS = ("padded", "packed", "ids")
+# Integers of 8 and 16 bits stand for all such dtypes: they have no NaN that the
+# interpreter, which runs on a CPU, could make quiet.
+SIZES = tuple(
+    Case(
+        f"{layout}-{dtype}-{'x'.join(map(str, shape))}",
+        shape,
+        dtype,
+        layout,
+        axis,
+        batch_axes,
+        padding_id=0 if layout == "ids" else None,
+    )
+    for i, (shape, axis, batch_axes) in enumerate(PLACES)
+    for j, dtype in enumerate(("float32", "uint16", "int8"))
+    for k, layout in enumerate(LAYOUTS)
+    if (i + j + k) % 3 == 0
+)
+
+
+@pytest.fixture
+def kernels(monkeypatch):
+    """Has the CPU lower as a TPU does, to the interpreted kernel; lists its shapes."""
+    used = []
+    reverse = _kernel_tpu.reverse
+
+    def interpreted(x, segments, **params):
+        used.append(x.shape)
+        return reverse(x, segments, interpret=True, **params)
+
+    monkeypatch.setattr(_kernel_tpu, "reverse", interpreted)
+    rules = mlir._platform_specific_lowerings
+    monkeypatch.setitem(
+        rules["cpu"], reverse_segments_p, rules["tpu"][reverse_segments_p]
+    )
+    return used
+
+
+@pytest.mark.parametrize("group", (WIDE_KINDS, WIDE_AXES, WIDE_LENGTHS))
+def test_kernel_on_the_table(kernels, group):
+    """A value in the wrong place, for a kind of lengths, an order of axes, a dtype."""
+    xs, segments = [case.x() for case in group], [case.segments() for case in group]
+    outs = jax.jit(
+        lambda xs, segments: [
+            case.call(x, s, implementation="pallas")
+            for case, x, s in zip(group, xs, segments, strict=True)
+        ]
+    )(xs, segments)
+    assert set(kernels) == {case.shape for case in group}
+    for case, x, s, out in zip(group, xs, segments, outs, strict=True):
+        assert_same_bits(out, case.expected(x, s), case.name)
+
+
+@by_name("case", SIZES)
+def test_kernel_at_the_edges_of_blocks(kernels, case):
+    """A block reads or writes past its end, or values that share a word get mixed."""
+    x, segments = case.x(), case.segments()
+    out = jax.jit(partial(case.call, implementation="pallas"))(x, segments)
+    assert kernels
+    assert_same_bits(out, case.expected(x, segments))
+
+
+# The interpreter that keeps account of memory takes long for many steps.
+@by_name("case", [c for c in SIZES if c.dtype == "float32" and c.size != 600])
+def test_kernel_reads_only_what_it_has(case):
+    """Reads past a buffer, or of memory that nobody wrote, reach the result."""
+    x, segments = case.x(), case.segments()
+    how = dict(axis=case.axis, batch_axes=case.batch_axes)
+    out = _kernel_tpu.reverse(
+        x,
+        segments,
+        plan=_kernel_tpu.plan(x, **how),
+        layout=case.layout,
+        padding_id=case.padding_id,
+        # Out-of-bounds reads raise here, and memory starts as NaN.
+        interpret=pltpu.InterpretParams(),
+        **how,
+    )
+    assert_same_bits(out, case.expected(x, segments))
+
+
+def test_kernel_under_transformations(kernels):
+    """A rule forgets `implementation`, or the kernel cannot take the axes it makes."""
+    rng = np.random.default_rng(0)
+    x, ct = rng.integers(-9, 9, (2, 3, 4, 20, 128)).astype(np.float32)
+    lengths = np.array([[0, 20, 7, 13], [1, 2, 19, 20], [5, 5, 6, 20]])
+
+    def reverse(x, lengths):
+        return reverse_sequence(x, lengths, implementation="pallas")
+
+    def loss(x, ct, lengths):
+        return (ct * jax.vmap(reverse)(x, lengths)).sum()
+
+    expected = np.stack(
+        [reverse_sequence(row, n) for row, n in zip(x, lengths, strict=True)]
+    )
+    back = np.stack(
+        [reverse_sequence(row, n) for row, n in zip(ct, lengths, strict=True)]
+    )
+    for in_axes, out_axes in (((0, 0), 0), ((1, 1), 2), ((2, 0), 1)):
+        moved = (np.moveaxis(x, 0, in_axes[0]), np.moveaxis(lengths, 0, in_axes[1]))
+        kernels.clear()
+        out = jax.jit(jax.vmap(reverse, in_axes, out_axes))(*moved)
+        assert len(kernels) == 1
+        np.testing.assert_array_equal(out, np.moveaxis(expected, 0, out_axes))
+    kernels.clear()
+    value, gradient = jax.jit(jax.value_and_grad(loss))(x, ct, lengths)
+    assert len(kernels) >= 1
+    assert value == (ct * expected).sum()
+    np.testing.assert_array_equal(gradient, back)
+    text = str(jax.make_jaxpr(jax.grad(loss))(x, ct, lengths))
+    assert text.count("implementation=pallas") == text.count("reverse_segments[") >= 1
+    order = partial(reverse_segment_order, implementation="pallas")
+    assert str(jax.make_jaxpr(order)(x[:, 0], lengths)).count("=pallas") == 2
+
+
+def test_kernel_under_shard_map(kernels):
+    """Devices do not run the kernel on their own blocks."""
+    mesh = Mesh(np.array(jax.devices()[:2]), ("rows",))
+    x = np.arange(4 * 16 * 128, dtype=np.float32).reshape(4, 16, 128)
+    lengths = np.array([0, 16, 3, 9])
+    reverse = partial(reverse_sequence, implementation="pallas")
+    out = jax.jit(
+        jax.shard_map(
+            reverse,
+            mesh=mesh,
+            in_specs=P("rows"),
+            out_specs=P("rows"),
+            check_vma=False,  # Pallas's interpreter cannot; the compiler can, below.
+        )
+    )(x, lengths)
+    assert kernels == [(2, 16, 128)]
+    np.testing.assert_array_equal(out, reverse_sequence(x, lengths))
+
+
+def test_kernel_leaves_the_rest_to_the_gather(kernels):
+    """What the kernel does not cover fails, or is wrong, instead of being gathered."""
+    lengths = np.array([0, 5, 3, 7])
+    x = np.arange(4 * 7 * 128).reshape(4, 7, 128)
+    mesh = Mesh(np.array(jax.devices()[:2]), ("rows",))
+    sharded = jax.device_put(x, jax.NamedSharding(mesh, P("rows")))
+    long = np.zeros((1, 14336, 128), np.float32)
+    for why, operand, n, axes in (
+        ("narrow", x[..., :127], lengths, {}),
+        ("float16", x.astype(np.float16), lengths, {}),
+        ("bool", x % 2 == 0, lengths, {}),
+        ("complex", x.astype(np.complex64), lengths, {}),
+        ("rows last", np.moveaxis(x, 0, 2), lengths, dict(axis=0, batch_axis=2)),
+        ("steps last", np.moveaxis(x, 1, 2), lengths, dict(axis=2)),
+        ("empty", x[:, :0], lengths * 0, {}),
+        ("too long for VMEM", long, [14000], {}),
+        ("sharded by XLA", sharded, lengths, {}),
+    ):
+        call = partial(reverse_sequence, lengths=n, **axes)
+        out = jax.jit(partial(call, implementation="pallas"))(operand)
+        assert not kernels, why
+        assert_same_bits(out, call(operand), why)
+
+
+def test_other_platforms_gather():
+    """Asking for the kernel fails, or imports Pallas, where there is no TPU."""
+    code = """
+import sys, jax.numpy as jnp
+from jax_revseg import reverse_sequence
+x, lengths = jnp.ones((2, 8, 128)), jnp.array([3, 8])
+assert (reverse_sequence(x, lengths, implementation="pallas") == x).all()
+assert "jax_revseg._kernel_tpu" not in sys.modules
+"""
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
+
+
+def test_unknown_implementation():
+    """A misspelt name is taken for the default."""
+    wrong: Any = "palas"
+    call = partial(reverse_sequence, implementation=wrong)
+    for run in (call, jax.jit(call)):
+        with pytest.raises(ValueError, match=r"implementation is 'palas'.*'pallas'"):
+            run(np.ones((2, 3)), np.array([1, 2]))
+
+
+@pytest.mark.skipif(jax.default_backend() != "tpu", reason="there is no TPU here")
+def test_on_a_tpu():
+    """The kernel, compiled and run, differs from the reference."""
+    for case in (*SIZES, *WIDE_KINDS, *WIDE_AXES):
+        x, segments = case.x(), case.segments()
+        out = jax.jit(partial(case.call, implementation="pallas"))(x, segments)
+        assert_same_bits(out, case.expected(x, segments), case.name)
+
+
+def compiled_cases() -> list[Case]:
+    names = ("padded-64x128x256", "time-major-128x64x256", "bfloat16-64x128x256")
+    names += ("packed-16x2048x256-k16", "ids-16x2048x256-k16")
+    return [case for case in tpu_aot.CASES if case.name in names]
+
+
+@needs_compiler
+@by_name("case", compiled_cases())
+@pytest.mark.parametrize("implementation", ("xla", "pallas"))
+@pytest.mark.parametrize("generation", tpu_aot.GENERATIONS)
+def test_compiles(generation, implementation, case):
+    """The compiler refuses a program, or gives it temporaries or collectives."""
+    how = generation, case, implementation
+    found = tpu_aot.measure(tpu_aot.lower_for(*how), case)
+    assert found["kernels"] == (implementation == "pallas")
+    index_bytes = 4 * math.prod(case.batch_shape) * case.size
+    if implementation == "pallas" and case.layout == "padded":
+        assert found["bytes_to_ideal"] < 1.02  # It reads and writes; and the lengths.
+        assert found["temporary_bytes"] == 0
+    assert found["temporary_bytes"] <= 8 * index_bytes
+    assert found["bytes_to_ideal"] < 8
+    lowered = tpu_aot.lower_for(*how, direction="vjp", sharded=True)
+    assert lowered.as_text().count("tpu_custom_call") == (implementation == "pallas")
+    assert tpu_aot.collectives(lowered.compile()) == 0
+
+
+@needs_compiler
+@pytest.mark.parametrize("generation", tpu_aot.GENERATIONS)
+def test_collectives_are_seen(generation):
+    """A program that exchanges data is taken for one that does not."""
+    mesh = Mesh(np.array(tpu_aot.devices(generation)), ("chips",))
+    x = jax.ShapeDtypeStruct(
+        (64, 128), jnp.float32, sharding=jax.NamedSharding(mesh, P("chips"))
+    )
+    assert tpu_aot.collectives(jax.jit(lambda x: x - x.sum(0)).lower(x).compile()) > 0
+
+
+def test_page_shows_the_committed_results():
+    """The table of docs/tpu.md is not what the compilers said."""
+    page = tpu_aot.PAGE.read_text()
+    assert tpu_aot.render(page, json.loads(tpu_aot.RESULTS.read_text())) == page
