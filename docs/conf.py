@@ -34,7 +34,8 @@ nb_merge_streams = True
 
 maximum_signature_line_length = 60
 autodoc_type_aliases = {
-    name: name for name in ("ArrayLike", "AxisName", "BatchAxis", "Integers")
+    name: name
+    for name in ("ArrayLike", "AxisName", "BatchAxis", "Implementation", "Integers")
 }
 autodoc_member_order = "bysource"
 napoleon_google_docstring = True
@@ -42,7 +43,7 @@ napoleon_numpy_docstring = False
 # Nothing to link to without an inventory from the network at each build.
 nitpick_ignore_regex = [
     ("py:.*", r"(jax|jaxlib|numpy|collections|typing)\..*"),
-    ("py:.*", r"ArrayLike|AxisName|BatchAxis|Integers|Any|Callable"),
+    ("py:.*", r"ArrayLike|AxisName|BatchAxis|Implementation|Integers|Any|Callable"),
 ]
 
 html_theme = "furo"

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 from cases import assert_same_bits
 from jax import lax
-from jax.sharding import PartitionSpec as P
+from jax.sharding import NamedSharding, PartitionSpec as P
 from meshes import CASES, by_hand, integers, mesh
 
 from jax_revseg import (
@@ -65,10 +65,12 @@ def sharded(f, name, mesh=MESH, **more):
     )
 
 
-def check(f, name):
+def check(f, name, place=lambda tree, spec: tree):
     """Values and gradient of `f(x, segments)`, which must be the reversals."""
     x, cts = operands(name)
-    ys, vjp = jax.vjp(lambda x: f(x, SEGMENTS), x)
+    x_spec, spec, *_ = SPECS[name]
+    arguments = place(SEGMENTS, spec)
+    ys, vjp = jax.vjp(lambda x: f(x, arguments), place(x, x_spec))
     (x_bar,), want_bar = vjp(cts), np.zeros_like(x)
     for case, segments, y, ct in zip(CASES, SEGMENTS, ys, cts, strict=True):
         want, share = by_hand(case, x, segments, ct, *SPECS[name][:3])
@@ -95,12 +97,18 @@ def test_unchecked(name):
     check(jax.jit(sharded(every_case(), name, check_vma=False)), name)
 
 
-@pytest.mark.parametrize("kinds", ("auto auto", "auto explicit"))
+@pytest.mark.parametrize("kinds", ("auto auto", "explicit auto", "auto explicit"))
 @pytest.mark.parametrize("name", ("rows", "x-replicated"))
 def test_partly_manual(name, kinds):
     """Wrong here: the mesh axis that shard_map leaves alone is taken for a manual one,
     or an explicit sharding over it stops the index arithmetic."""
-    check(jax.jit(sharded(every_case(), name, mesh(kinds), axis_names={"a"})), name)
+    over = mesh(kinds)
+    check(
+        jax.jit(sharded(every_case(), name, over, axis_names={"a"})),
+        name,
+        # An explicit axis takes what is laid out as `in_specs` says, and nothing else.
+        lambda tree, spec: jax.device_put(tree, NamedSharding(over, spec)),
+    )
 
 
 INSIDE = {
