@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from jax import lax
 
 _WORD = jnp.uint32  # Of bits, and of positions: the latter are exact modulo 2**32.
+_FEW = 32  # So many words are compared with each other: one more level costs more.
 
 
 def _iota(shape, dimension: int) -> jax.Array:
@@ -66,10 +67,15 @@ def _running_max(values: jax.Array) -> jax.Array:
 def _around_words(words: jax.Array) -> tuple[jax.Array, jax.Array]:
     """For each word, the last set position before it and the first after it."""
     count, last = words.shape[-1], words.ndim - 1
-    if isinstance(count, int) and count == 1:
-        return jnp.zeros_like(words), jnp.zeros_like(words)
     first = 32 * _iota(words.shape, last)
     low, high = first + _first_bit(words), first + _last_bit(words)
+    if isinstance(count, int) and count <= _FEW:
+        pairs = (*words.shape, count)
+        word, other = _iota(pairs, last), _iota(pairs, last + 1)
+        some = (words != 0)[..., None, :]
+        high = jnp.where(some & (other < word), high[..., None, :], 0)
+        low = jnp.where(some & (other > word), low[..., None, :], ~_WORD(0))
+        return jnp.max(high, -1), jnp.min(low, -1)
     if isinstance(count, int):
         before, after = _around_bits(to_words(words != 0), inclusive=False)
         return _take(high, before[..., :count]), _take(low, after[..., :count])

@@ -14,10 +14,10 @@ from jax import lax
 from jax_revseg._boundaries import reverse_between, to_words
 
 
-def position_dtype(size: int) -> jnp.dtype:
+def position_dtype(size: int) -> np.dtype:
     """The dtype of positions and lengths on an axis of this size, symbolic or not."""
-    wide = isinstance(size, int) and size > jnp.iinfo(jnp.int32).max
-    return jnp.dtype(jnp.uint32 if wide else jnp.int32)
+    wide = isinstance(size, int) and size >= 2**31
+    return np.dtype(np.uint32 if wide else np.int32)
 
 
 def widen(lengths: jax.Array, size: int) -> jax.Array:
@@ -84,13 +84,11 @@ def _packed_index(lengths, size):
         ),
         mode="promise_in_bounds",
     )
-    word = lax.broadcasted_iota(jnp.uint32, words.shape, last)
-    tail = ends[..., -1:]
-    for edge in (jnp.uint32(0), tail, jnp.asarray(size, jnp.uint32)):
-        words |= (word == edge >> 5).astype(jnp.uint32) << (edge & 31)
-    index = reverse_between(words, size)
-    t = lax.broadcasted_iota(jnp.uint32, index.shape, last)
-    return t + (t < tail).astype(t.dtype) * (index - t)
+    # Each position of the tail is a segment of its own, and so is the end of the axis.
+    first = 32 * lax.broadcasted_iota(jnp.uint32, words.shape, last)
+    valid = jnp.maximum(ends[..., -1:], first) - first
+    words |= jnp.where(valid < 32, ~jnp.uint32(0) << (valid & 31), 0)
+    return reverse_between(words, size)
 
 
 def _ids_index(ids, size, padding_id):
