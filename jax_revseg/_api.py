@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from functools import partial
+from collections.abc import Callable
+from functools import lru_cache, partial
 from typing import Any
 
 import jax
@@ -16,12 +17,9 @@ from jax_revseg._primitive import Implementation, reverse_segments_p
 from jax_revseg._sequence import AxisName, axis_size, on_whole_rows
 
 
-@partial(
-    jax.jit,
-    static_argnames=("axis", "batch_axes", "layout", "padding_id", "implementation"),
-)
-def _bind_compiled(x, segments, **params):
-    return reverse_segments_p.bind(x, segments, **params)
+@lru_cache(maxsize=4096)
+def _compiled(**params: Any) -> Callable[..., jax.Array]:
+    return jax.jit(partial(reverse_segments_p.bind, **params))
 
 
 def _bind(x: jax.Array, segments: Segments, implementation: str) -> jax.Array:
@@ -34,7 +32,7 @@ def _bind(x: jax.Array, segments: Segments, implementation: str) -> jax.Array:
         implementation=implementation,
     )
     if not _compat.staged(x, values):
-        return _bind_compiled(x, values, **params)  # Half the time of an eager bind.
+        return _compiled(**params)(x, values)  # Half the time of an eager bind.
     # Inside shard_map the result differs between devices wherever the segments do. If
     # `x` did not say so, the transpose would not know that it must sum over them.
     missing = _compat.varying(jax.typeof(values)) - _compat.varying(jax.typeof(x))

@@ -52,11 +52,10 @@ def struct_like(x: jax.Array) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(x.shape, x.dtype, **varying)
 
 
-def staged(*operands: Any) -> bool:
+def staged(x: Any, segments: Any) -> bool:
     """Whether a bind of these operands is traced rather than run at once."""
-    return not core.trace_ctx.is_top_level() or any(
-        isinstance(operand, core.Tracer) for operand in operands
-    )
+    traced = isinstance(x, core.Tracer) or isinstance(segments, core.Tracer)
+    return traced or not core.trace_ctx.is_top_level()
 
 
 def automatic(fun: Callable[..., Any], out: Any) -> Callable[..., Any]:

@@ -57,38 +57,39 @@ def as_array(name: str, x: Any) -> jax.Array:
     return x
 
 
+def _as_array_of_any(name: str, argument: str, given: Any) -> np.ndarray | jax.Array:
+    """What is no JAX array yet: on a device if a part of it is, else on the host."""
+    on_device = hasattr(given, "__jax_array__") or any(
+        isinstance(leaf, jax.Array) for leaf in jax.tree.leaves(given)
+    )
+    try:
+        values: Any = (jnp if on_device else np).asarray(given)
+    except (TypeError, ValueError, OverflowError) as error:
+        raise ValueError(f"{name}: {argument} is not an array: {error}") from error
+    if on_device:
+        return values
+    if values.dtype == np.float64:
+        # So is an empty list, and one of 1 and 2**63: let the elements decide.
+        elements = np.asarray(given, object)
+        if all(isinstance(element, int) for element in elements.flat):
+            values = elements
+    kind = values.dtype.kind
+    # Python integers past 64 bits are objects; they are out of range, said later. Kind
+    # V holds int4 and its like.
+    if kind not in "biufcV" and not all(isinstance(v, int) for v in values.flat):
+        raise TypeError(
+            f"{name}: {argument} is {given!r} of type {type(given).__name__}; give an "
+            "array of integers."
+        )
+    return values
+
+
 def as_integers(name: str, argument: str, values: Any) -> np.ndarray | jax.Array:
     """Integers where they are: a NumPy array from the host, or a JAX array."""
-    given = values
-    if not isinstance(values, jax.Array) and (
-        hasattr(values, "__jax_array__")
-        or any(isinstance(leaf, jax.Array) for leaf in jax.tree.leaves(values))
-    ):
-        try:
-            values = jnp.asarray(values)
-        except (TypeError, ValueError) as error:
-            raise ValueError(f"{name}: {argument} is not an array: {error}") from error
-    if isinstance(values, jax.Array):
-        dtype = values.dtype
-    else:
-        try:
-            values = np.asarray(values)
-        except (ValueError, OverflowError) as error:
-            raise ValueError(f"{name}: {argument} is not an array: {error}") from error
-        if values.dtype == np.float64:
-            # So is an empty list, and one of 1 and 2**63: let the elements decide.
-            elements = np.asarray(given, object)
-            if all(isinstance(element, int) for element in elements.flat):
-                values = elements
-        dtype = values.dtype
-        if dtype.kind == "O" and all(isinstance(v, int) for v in values.flat):
-            return values  # Python integers past 64 bits: out of range, said later.
-        if dtype.kind not in "biufcV":  # Kind V holds int4 and its like.
-            raise TypeError(
-                f"{name}: {argument} is {given!r} of type {type(given).__name__}; give "
-                "an array of integers."
-            )
-    if not jnp.issubdtype(dtype, jnp.integer):
+    if not isinstance(values, jax.Array):
+        values = _as_array_of_any(name, argument, values)
+    dtype = values.dtype
+    if not (dtype == "O" or jnp.issubdtype(dtype, jnp.integer)):
         remedy = "convert them with .astype(int)"
         if jnp.issubdtype(dtype, jnp.bool_):
             remedy = "a mask is segment_ids=mask.astype(int), padding_id=0"
@@ -255,7 +256,7 @@ def _raise_at(
 
 def _as_positions(lengths: np.ndarray, size: int) -> np.ndarray:
     """Checked host lengths, none above `size`, in the dtype of positions."""
-    return lengths.astype(position_dtype(size))  # A jitted call takes them as they are.
+    return lengths.astype(position_dtype(size), copy=False)  # A jitted call takes them.
 
 
 def _whole(x: jax.Array, axis: int, blocks: int) -> tuple[int, str]:
