@@ -20,7 +20,7 @@ def arguments():
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--devices", type=int, default=8, help="simulated devices")
     parser.add_argument("--length", type=int, default=4096, help="of each row")
-    parser.add_argument("--quick", dest="length", action="store_const", const=1024)
+    parser.add_argument("--quick", dest="length", action="store_const", const=256)
     args = parser.parse_args()
     if args.length % args.devices:
         parser.error(f"--length {args.length} must be a multiple of {args.devices}")
