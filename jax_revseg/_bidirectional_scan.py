@@ -10,10 +10,10 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.tree_util import keystr
-from jax.typing import ArrayLike
 
 from jax_revseg import _compat
-from jax_revseg._layout import Segments, as_array, ids, padded
+from jax_revseg._api import reverse_sequence
+from jax_revseg._layout import Integers, Segments, as_array, ids, padded
 from jax_revseg._lowering import padding_mask
 
 _NAME = "bidirectional_scan"
@@ -153,7 +153,9 @@ def _masks(segments: Segments, size: int) -> tuple[jax.Array, jax.Array]:
     """After which steps to keep the carry, and which are valid: `(T, 2, *batch)`."""
     values, _, _, layout, padding_id = segments
     if layout == "padded":
-        values = live = ~padding_mask(values, size, layout, padding_id)
+        live = ~padding_mask(values, size, layout, padding_id)
+        # Reversed it is the same, but checkify looks at what the reversal is given.
+        values = live = reverse_sequence(live, values)
     elif padding_id is None:
         live = jnp.ones(values.shape, bool)
     else:
@@ -184,9 +186,9 @@ def bidirectional_scan(
     params: Sequence[Any],
     init: Any,
     xs: Any,
-    lengths: ArrayLike | None = None,
+    lengths: Integers | None = None,
     *,
-    segment_ids: ArrayLike | None = None,
+    segment_ids: Integers | None = None,
     padding_id: int | None = None,
     axis: int | None = None,
     unroll: int | bool = 1,
@@ -208,7 +210,8 @@ def bidirectional_scan(
     without a valid step `f` gets `init` and zeros.
 
     Lengths given as Python or NumPy values are checked at once. On a device, or traced,
-    a negative length counts as 0 and one past the end as the size of the axis.
+    a negative length counts as 0 and one past the end as the size of the axis; under
+    `jax.experimental.checkify` both raise.
 
     Args:
         f: `f(params, carry, x) -> (carry, y)`: one step on all rows. `carry`, `x` and

@@ -15,6 +15,7 @@ from jax.sharding import PartitionSpec as P
 from meshes import mesh, put
 
 from jax_revseg import (
+    bidirectional_scan,
     pack_segments,
     reverse_segment_order,
     reverse_segments,
@@ -26,6 +27,13 @@ X = np.arange(32, dtype=np.float32).reshape(4, 8)
 
 def by_offsets(x, offsets):
     return reverse_segments(x, cu_seqlens=offsets)
+
+
+def both_ways(x, lengths):
+    def step(scale, carry, x):
+        return carry + scale * x, carry
+
+    return bidirectional_scan(step, (1.0, 2.0), jnp.zeros(4), x, lengths)[1][1]
 
 
 # A public function, bad values, the same made good, and what the message must say.
@@ -67,6 +75,7 @@ BAD = {
         [[1, 7], [8, 0], [4, 4], [0, 0]],
         r"lengths\[2, 1\] is 5.* sum to more than 8",
     ),
+    "scan": (both_ways, [3, 8, 9, 7], [3, 8, 8, 7], r"lengths\[2\] is 9.* 0 and 8"),
 }
 each_bad = pytest.mark.parametrize("bad", BAD.values(), ids=BAD)
 

@@ -36,12 +36,7 @@ needs_compiler = pytest.mark.skipif(
 )
 by_name = partial(pytest.mark.parametrize, ids=lambda case: case.name)
 PADDED = [case for case in BENCHMARKS if case.layout == "padded"]
-NINE = pytest.mark.xfail(strict=True, reason="9 kernels: the tree of words is 3 deep")
-OTHERS = [
-    pytest.param(case, marks=NINE if case.name == "packed-1x65536x64-k512" else ())
-    for case in BENCHMARKS
-    if case.layout != "padded"
-]
+OTHERS = [case for case in BENCHMARKS if case.layout != "padded"]
 
 
 @cache
