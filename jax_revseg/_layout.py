@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import operator
 from collections.abc import Sequence
-from functools import lru_cache, partial
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 import jax
@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike, DTypeLike
 
-from jax_revseg._lowering import position_dtype, widen
+from jax_revseg._lowering import position_dtype
 
 BatchAxis = int | Sequence[int] | None
 Integers = ArrayLike | Sequence[Any]  # ArrayLike leaves lists out.
@@ -312,13 +312,18 @@ def packed(
     return Segments(values, axis, batch_axes, "packed")
 
 
-@partial(jax.jit, static_argnames="size")
-def _differences(offsets: jax.Array, size: int) -> jax.Array:
-    offsets = widen(offsets, size)
+@jax.jit
+def _differences(offsets: jax.Array) -> jax.Array:
+    """What lies between offsets on a device, where they may be anything."""
+    bits = jnp.iinfo(offsets.dtype).bits
+    if bits < 32:
+        offsets, bits = offsets.astype(jnp.int32), 32
     start, end = offsets[..., :-1], offsets[..., 1:]
-    if jnp.issubdtype(offsets.dtype, jnp.unsignedinteger):
-        end = jnp.maximum(start, end)  # A difference below 0 would wrap.
-    return end - start
+    # Exact without a sign, also where a signed difference would wrap.
+    low, high = jnp.minimum(start, end), jnp.maximum(start, end)
+    lengths = high.astype(f"uint{bits}") - low.astype(f"uint{bits}")
+    lengths = jnp.minimum(lengths, jnp.iinfo(f"int{bits}").max).astype(f"int{bits}")
+    return jnp.where(end < start, -lengths, lengths)
 
 
 def offsets(
@@ -351,7 +356,7 @@ def offsets(
             _raise_at(name, "cu_seqlens", values > size, values, limit)
         values = np.diff(_as_positions(values, size))
     else:
-        values = _differences(values, size)
+        values = _differences(values)
     return Segments(values, axis, batch_axes, "packed")
 
 

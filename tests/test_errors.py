@@ -4,12 +4,15 @@ Each pattern holds the argument's name and both values that disagree. A test tha
 leaves a user with a wrong result, or with an error that does not help.
 """
 
+import itertools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from jax_revseg import (
+    _reference,
     pack_segments,
     reverse_segment_order,
     reverse_segments,
@@ -248,6 +251,25 @@ def test_uint64_lengths():
             assert_same_bits(reverse_sequence(x, lengths), x[::-1])
             lengths = jnp.asarray(np.array([2, length, 1], np.uint64))
             assert_same_bits(reverse_segments(x, lengths), x[[1, 0, 4, 3, 2]])
+
+
+@pytest.mark.parametrize(
+    "dtype", ("int8", "uint8", "int16", "int32", "uint32", "int64", "uint64")
+)
+def test_offsets_at_the_limits(dtype):
+    """A difference of offsets wraps: from -1 to 2**31 - 1 is no negative number."""
+    limits = np.iinfo(dtype)
+    some = {limits.min, limits.min + 1, -1, 0, 2, 7, limits.max - 1, limits.max}
+    some = [v for v in some if limits.min <= v <= limits.max]
+    offsets = np.array(list(itertools.product(some, repeat=3)), object)
+    x = np.tile(np.arange(7), (len(offsets), 1))
+    expected = _reference.reverse(
+        x, np.diff(offsets), axis=1, batch_axes=(0,), layout="packed"
+    )
+    with enable_x64():
+        on_device = jnp.asarray(offsets.astype(dtype))
+        assert on_device.dtype == dtype
+        assert_same_bits(reverse_segments(x, cu_seqlens=on_device), expected)
 
 
 BINDS = (
