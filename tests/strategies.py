@@ -78,6 +78,8 @@ class Linear:
     x_shape: tuple[int, ...]
     y_shape: tuple[int, ...]
     segments_shape: tuple[int, ...]
+    # JAX has no `linear_transpose` of a cond that vmap has made a select.
+    transposes: bool = True
 
 
 def base(case: Case, padding_value: Any) -> Linear:
@@ -181,7 +183,7 @@ def scan_carry(draw: st.DrawFn, f: Linear, sums: bool) -> Linear:
 
 def gradient(draw: st.DrawFn, f: Linear, sums: bool) -> Linear:
     x = jax.ShapeDtypeStruct(f.x_shape, f.dtype)
-    if draw(st.booleans()):
+    if f.transposes and draw(st.booleans()):
 
         def call(ct, s):
             return jax.linear_transpose(lambda x: f.call(x, s), x)(ct)[0]
@@ -211,7 +213,11 @@ def tangent(draw: st.DrawFn, f: Linear, sums: bool) -> Linear:
 
 def cond(draw: st.DrawFn, f: Linear, sums: bool) -> Linear:
     never = lambda x, s: jnp.zeros(f.y_shape, f.dtype)  # noqa: E731
-    return replace(f, call=lambda x, s: lax.cond(jnp.all(s == s), f.call, never, x, s))
+
+    def call(x, s):
+        return lax.cond(jnp.all(s == s), f.call, never, x, s)
+
+    return replace(f, call=call, transposes=False)
 
 
 def jit(draw: st.DrawFn, f: Linear, sums: bool) -> Linear:
