@@ -36,7 +36,8 @@ STYLE: Any = {
 def cases(data: dict[str, Any]) -> Any:
     """A dot for each contender: its time over that of the copy, by kind of output."""
     found = {
-        name: row for name, row in rows(data, "case").items() if row["noise"]["quiet"]
+        name if row["noise"]["quiet"] else f"{name} (noisy)": row
+        for name, row in rows(data, "case").items()
     }
     figure, panels = plt.subplots(
         1, 2, sharey=True, figsize=(11, 1 + 0.42 * len(found)), layout="constrained"

@@ -54,9 +54,13 @@ def find(row: Data, name: str, regime: str, direction: str = "forward") -> Data 
     return None
 
 
-def _to(time: Data | None, label: str, digits: int = 2) -> str:
+def _name(name: str, row: Data) -> str:
+    return f"`{name}`" if _quiet(row) else f"`{name}` (noisy)"
+
+
+def _to(time: Data | None, label: str) -> str:
     found = (time or {}).get("to", {}).get(label)
-    return f"{found['ratio']:.{digits}f}" if found else ""
+    return f"{found['ratio']:.2f} ± {found['error']:.2f}" if found else ""
 
 
 def _ms(time: Data | None) -> str:
@@ -91,7 +95,7 @@ def machine(data: Data) -> str:
     noisy = [name for name, row in data["rows"].items() if not _quiet(row)]
     if noisy:
         parts.append(
-            f"- Too noisy to tell: {len(noisy)} of {len(data['rows'])} rows; "
+            f"- Noisy: {len(noisy)} of {len(data['rows'])} rows; "
             f"{sum('curve' in data['rows'][name] for name in noisy)} of these are "
             "points of the curves."
         )
@@ -111,10 +115,10 @@ def cases(data: Data) -> str:
         temporary = row["temporary_bytes"].get(OURS)
         body.append(
             [
-                f"`{name}`",
+                _name(name, row),
                 _bytes(row["bytes"]),
                 _ms(reused),
-                *(ratios if _quiet(row) else ["noisy"] * len(ratios)),
+                *ratios,
                 _bytes(temporary["forward"]) if temporary else "",
             ]
         )
@@ -126,7 +130,7 @@ def peers(data: Data) -> str:
     """How many times our time each peer takes, where it does best beside us."""
     found: dict[str, dict[str, Data]] = {}
     for name, row in rows(data, "case").items():
-        for t in row["times"] if _quiet(row) else ():
+        for t in row["times"]:
             if "ours" not in t["to"] or t["name"] == OURS:
                 continue
             column = t["name"] + (", VJP" if t["direction"] == "vjp" else "")
@@ -138,19 +142,18 @@ def peers(data: Data) -> str:
                 ratios = [r for r in (best.get(name), ratio) if r]
                 best[name] = min(ratios, key=lambda r: r["ratio"])
     body = [
-        [f"`{name}`", *(_cell(by_case.get(name)) for by_case in found.values())]
+        [_name(name, row), *(_cell(by_case.get(name)) for by_case in found.values())]
         for name, row in rows(data, "case").items()
-        if _quiet(row)
     ]
     if not body:
-        return "Too noisy to tell, or not run."
+        return "Not run."
     return _markdown(["case", *found], body)
 
 
 def _cell(ratio: Data | None) -> str:
     if not ratio:
         return ""
-    text = f"{ratio['ratio']:.2f}"
+    text = f"{ratio['ratio']:.2f} ± {ratio['error']:.2f}"
     # Only what the error leaves no doubt about is called slower.
     return f"**{text}**" if ratio["ratio"] + ratio["error"] < 1 else text
 
@@ -159,8 +162,6 @@ def dispatch(data: Data) -> str:
     row = rows(data, "dispatch").get("dispatch")
     if not row:
         return "Not run."
-    if not _quiet(row):
-        return "Too noisy to tell."
     body = [
         [f"{t['name']}, {t['regime']}", f"{1e6 * t['seconds']:.1f}", _to(t, "jnp.flip")]
         for t in row["times"]
@@ -190,8 +191,7 @@ def forms(data: Data) -> str:
         found = [
             f"{t['name']} {_to(t, 'x + 1')}" for t in times if t["direction"] != "vjp"
         ]
-        case = f"`{name.removeprefix('forms-')}`"
-        body.append([case, "; ".join(found) if _quiet(row) else "too noisy to tell"])
+        body.append([_name(name.removeprefix("forms-"), row), "; ".join(found)])
     if not body:
         return "Not run."
     return _markdown(["case", "time over that of `x + 1`"], body).replace("--:", "---")
@@ -201,9 +201,9 @@ def rnn(data: Data) -> str:
     """A step of a bidirectional network, in several ways."""
     body = [
         [
-            f"`{name.removeprefix('rnn-')}`",
+            _name(name.removeprefix("rnn-"), row),
             *(t["name"], t["direction"], _ms(t)),
-            *(_to(t, to) if _quiet(row) else "noisy" for to in ("ours", "two scans")),
+            *(_to(t, to) for to in ("ours", "two scans")),
         ]
         for name, row in rows(data, "rnn").items()
         for t in row["times"]
@@ -241,8 +241,8 @@ def readme(data: Data) -> str:
     return (
         f"A float32 (64, 128, 256) batch takes {_to(ours, 'x + 1')} times as long as "
         f"`x + 1`, which reads and writes as much; the `where` + `take_along_axis` "
-        f"snippet takes {_to(idiom, 'ours', 1)} times that, and its gradient "
-        f"{_to(idiom_vjp, 'ours', 1)} times ours ({data['machine']['device']}; "
+        f"snippet takes {_to(idiom, 'ours')} times that, and its gradient "
+        f"{_to(idiom_vjp, 'ours')} times ours ({data['machine']['device']}; "
         "[all figures](docs/performance.md))."
     )
 

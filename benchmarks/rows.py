@@ -49,25 +49,31 @@ def measure(
     """Times a case beside the limits and the peers; all of it is checked first."""
     with jax.default_device(options.device):
         o = Operands(case, options.device)
-        contenders = [c for c in limits(o) if c.regime in regimes]
+        own = [c for c in limits(o) if c.regime in regimes]
         for contender in ours(o):
             if contender.regime in regimes:
                 o.check(contender)  # No row without a right answer of our own.
-                contenders.append(contender)
-        absent = {}
+                own.append(contender)
+        others, absent = [], {}
         for name, peer in peers.items():
             try:
                 for contender in peer(o):
                     o.check(contender)
-                    contenders.append(contender)
+                    others.append(contender)
             except Exception as error:  # Whatever a framework raises: said, not timed.
                 absent[name] = _reason(error)
-        samples = take_turns(contenders, options.seconds, options.least_rounds)
+        # First without peers: the shorter a round, the less a machine changes in it.
+        samples = take_turns(own, options.seconds / 2, options.least_rounds)
+        times = summary(samples, _beside)
+        contenders = [*own, *others]
+        if others:
+            all_ = take_turns(contenders, options.seconds / 2, options.least_rounds)
+            times += summary(all_, _beside)[len(own) :]
         row = {
             **dict(shape=case.shape, dtype=case.dtype, layout=case.layout),
             **dict(axis=case.axis, segments_per_row=_count(case), bytes=o.host.nbytes),
             "noise": noise(*(samples[key, "reused", "forward"] for key in _TWICE)),
-            "times": summary(samples, _beside),
+            "times": times,
         }
         if regimes == REGIMES:
             row["absent"] = absent

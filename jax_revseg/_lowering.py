@@ -187,14 +187,17 @@ def _reverse_windows(x, lengths, axis, batch_axes):
     order = sorted(range(lengths.ndim), key=batch_axes.__getitem__)
     starts = lax.transpose(clip_lengths(lengths, size), order)[..., None]
 
-    def window(values):
-        padding = [(size if a == axis else 0, 0, 0) for a in range(x.ndim)]
+    def window(values, extra):
+        padding = [(size + extra if a == axis else 0, 0, 0) for a in range(x.ndim)]
         values = lax.pad(values, jnp.zeros((), values.dtype), padding)
-        values = _gather(values, starts, axis, sorted(batch_axes), window=True)
+        values = _gather(values, starts + extra, axis, sorted(batch_axes), window=True)
         return lax.rev(values, (axis,))
 
-    # The mask goes through the same window: one comparison then serves for both.
-    return lax.select(window(jnp.ones_like(x, dtype=bool)), window(x), x)
+    # The mask goes through a window too, so that its comparison is much the same. With
+    # the very same window it is the same, and small elements gain by that; but then a
+    # CPU writes the index, which both share, to memory.
+    apart = int(x.dtype.itemsize >= 4)
+    return lax.select(window(jnp.ones_like(x, dtype=bool), apart), window(x, 0), x)
 
 
 def _single_elements(x: jax.Array, axis: int) -> bool:
@@ -205,7 +208,7 @@ def _single_elements(x: jax.Array, axis: int) -> bool:
         not jnp.issubdtype(x.dtype, jax.dtypes.extended)
         and all(n == 1 for n in x.shape[axis + 1 :])
         and isinstance(size, int)
-        and size < 2**31
+        and size < 2**31 - 1
     )
 
 

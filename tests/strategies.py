@@ -132,6 +132,7 @@ def mapped(
         insert(f.x_shape, size, x_axis),
         insert(f.y_shape, size, out),
         insert(f.segments_shape, size, s_axis),
+        f.transposes,
     )
 
 
