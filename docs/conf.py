@@ -46,6 +46,9 @@ nitpick_ignore_regex = [
     ("py:.*", r"ArrayLike|AxisName|BatchAxis|Implementation|Integers|Any|Callable"),
 ]
 
+# Only links within the project are checked: others may be down when nothing is wrong.
+linkcheck_ignore = [r"https?://"]
+
 html_theme = "furo"
 pygments_dark_style = "github-dark"
 html_title = f"jax_revseg {release}"
