@@ -255,5 +255,8 @@ def stacks(draw: st.DrawFn) -> tuple[Linear, np.ndarray, np.ndarray, str]:
         x = rng.integers(-9, 10, f.x_shape).astype(np.float32)
     else:
         x = random_bits(rng, f.x_shape, case.dtype)
+        if inexact and bit_width(case.dtype) <= 16:
+            # XLA changes the payload of small NaNs by itself: `x[::-1]` in a scan does.
+            x[np.isnan(x)] = 1
     names = " of ".join(layer.__name__ for layer in reversed(layers))
     return f, x, draw(segments(case, f.segments_shape)), f"{names} of {case}"
