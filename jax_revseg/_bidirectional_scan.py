@@ -127,7 +127,7 @@ def _one_direction(
     keep: jax.Array,
     live: jax.Array,
 ) -> tuple[Any, Any]:
-    """Scans time-major rows: from `init` again at each step that does not `keep`.
+    """Scans time-major rows: after a step that does not `keep`, from `init` again.
 
     Padding repeats the row's first step, so that `f` meets nothing there that it does
     not meet in a valid step: zeros, or a carry run on past the row's end, could give a
@@ -139,19 +139,18 @@ def _one_direction(
     def step(state: tuple[Any, Any], inputs: tuple[Any, jax.Array, jax.Array]):
         carry, last = state
         x, keep, live = inputs
-        # Chosen before the step: after it, a carry that is also a y would be computed
-        # twice, once for each.
-        new, y = f(params, _select(keep, carry, init), x)
+        new, y = f(params, carry, x)
         _check_carry(new, carry)
         _check_rows("a y of f", y, live.shape)
-        return (new, _select(live, new, last)), y
+        # Both choices stand where `new` is made, and fuse with that.
+        return (_select(keep, new, init), _select(live, new, last)), y
 
     (_, last), ys = lax.scan(step, (init, init), (xs, keep, live), unroll=unroll)
     return last, _select(live, ys, _zeros(ys))
 
 
 def _masks(segments: Segments, size: int) -> tuple[jax.Array, jax.Array]:
-    """In which steps to keep the carry, and which are valid: `(T, 2, *batch)`."""
+    """After which steps to keep the carry, and which are valid: `(T, 2, *batch)`."""
     values, _, _, layout, padding_id = segments
     if layout == "padded":
         live = ~padding_mask(values, size, layout, padding_id)
@@ -161,9 +160,9 @@ def _masks(segments: Segments, size: int) -> tuple[jax.Array, jax.Array]:
         live = jnp.ones(values.shape, bool)
     else:
         live = values != padding_id
-    # Around the end this compares the first step with the last, which does no harm: the
-    # carry that a direction's first step would keep is `init`.
-    keep = [live & (values == jnp.roll(values, shift, -1)) for shift in (1, -1)]
+    # Around the end this compares the last step with the first, which does no harm: a
+    # carry that leaves a direction's last step goes nowhere.
+    keep = [live & (values == jnp.roll(values, shift, -1)) for shift in (-1, 1)]
     forward, backward, live = (jnp.moveaxis(mask, -1, 0) for mask in (*keep, live))
     keep = jnp.stack([forward, jnp.flip(backward, 0)], 1)
     return keep, jnp.stack([live, jnp.flip(live, 0)], 1)
