@@ -159,7 +159,7 @@ def _masks(segments: Segments, size: int) -> tuple[jax.Array, jax.Array]:
     elif padding_id is None:
         live = jnp.ones(values.shape, bool)
     else:
-        live = values != padding_id
+        live = ~padding_mask(values, size, layout, padding_id)
     # Around the end this compares the last step with the first, which does no harm: a
     # carry that leaves a direction's last step goes nowhere.
     keep = [live & (values == jnp.roll(values, shift, -1)) for shift in (-1, 1)]
@@ -285,8 +285,8 @@ def bidirectional_scan(
 
     def rows(leaf: jax.Array) -> Segments:
         if segment_ids is None:
-            return padded(which, leaf, lengths, axis, None)
-        return ids(which, leaf, segment_ids, padding_id, axis, None)
+            return padded(which, leaf, lengths, axis, None, 1)
+        return ids(which, leaf, segment_ids, padding_id, axis, None, 1)
 
     found = [rows(leaf) for leaf in leaves]
     axes = {(s.axis, x.shape[s.axis]) for s, x in zip(found, leaves, strict=True)}

@@ -128,7 +128,7 @@ def as_padding_value(name: str, dtype: DTypeLike, value: Any) -> jax.Array:
             f"{name}: padding_value is {value!r}, which x with dtype {dtype} cannot "
             f"hold; use a scalar of dtype {dtype}, or convert x first."
         )
-    return jnp.asarray(value) if given == dtype else jnp.asarray(value, dtype)
+    return jnp.asarray(value, dtype)
 
 
 def _integer(name: str, argument: str, value: Any) -> int:
@@ -272,7 +272,7 @@ def padded(
     lengths: Any,
     axis: int | None,
     batch_axis: BatchAxis,
-    blocks: int = 1,
+    blocks: int,
 ) -> Segments:
     """One length for each row; x may be one of several blocks of the segment axis."""
     values = as_integers(name, "lengths", lengths)
@@ -294,7 +294,7 @@ def packed(
     lengths: Any,
     axis: int | None,
     batch_axis: BatchAxis,
-    blocks: int = 1,
+    blocks: int,
 ) -> Segments:
     """Several lengths for each row, laid end to end."""
     values = as_integers(name, "lengths", lengths)
@@ -332,7 +332,7 @@ def offsets(
     cu_seqlens: Any,
     axis: int | None,
     batch_axis: BatchAxis,
-    blocks: int = 1,
+    blocks: int,
 ) -> Segments:
     """Cumulative offsets: what lies between two of them is a segment."""
     values = as_integers(name, "cu_seqlens", cu_seqlens)
@@ -367,7 +367,7 @@ def ids(
     padding_id: int | None,
     axis: int | None,
     batch_axis: BatchAxis,
-    blocks: int = 1,
+    blocks: int,
 ) -> Segments:
     """One id for each position; a run of equal ids is a segment."""
     values = as_integers(name, "segment_ids", segment_ids)

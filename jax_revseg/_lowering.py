@@ -100,7 +100,7 @@ def _ids_index(ids, size, padding_id):
     t = lax.broadcasted_iota(jnp.uint32, before.shape, last)
     starts = (before != after) | (t == 0) | (t == jnp.asarray(size, jnp.uint32))
     if padding_id is not None:  # Each position of padding is a segment of its own.
-        starts |= after == padding_id
+        starts |= after == jnp.asarray(padding_id, ids.dtype)
     return reverse_between(to_words(starts), size)
 
 
@@ -118,7 +118,7 @@ def padding_mask(
 ) -> jax.Array:
     """Whether each position is outside all segments: `(*batch, size)`."""
     if layout == "ids":
-        return segments == padding_id
+        return segments == jnp.asarray(padding_id, segments.dtype)
     if layout == "padded":
         end = clip_lengths(segments, size)[..., None]
     else:

@@ -54,7 +54,7 @@ def pack_segments(
     max_length = _layout.as_size(name, "max_length", max_length)
     values = _layout.as_integers(name, "lengths", lengths)
     _layout.check_rank_one(name, values)
-    values = _layout.packed(name, x, values, 0, ()).values
+    values = _layout.packed(name, x, values, 0, (), 1).values
     value = _layout.as_padding_value(name, x.dtype, padding_value)
     if x.shape[0] == 0:
         return jnp.full((values.shape[0], max_length, *x.shape[1:]), value)

@@ -92,6 +92,21 @@ def test_padding_value():
         assert_same_bits(out, case.expected(x, s, padding_value=one), case.name)
 
 
+def test_padding_value_at_the_limits():
+    """The least and the greatest value of a dtype are taken for values past it."""
+    for dtype in ("int8", "uint8", "int32", "uint32", "float32", "bool"):
+        kind = np.dtype(dtype)
+        info = np.finfo if kind.kind == "f" else np.iinfo
+        limits = (False, True) if kind == bool else (info(kind).min, info(kind).max)
+        for value in limits:
+            value = kind.type(value).item()
+            # A bool as an int, which is what packing has by default.
+            for given in {value, int(value)} if kind == bool else {value}:
+                x = np.array([1, 0, 1, 1, 0], kind)
+                out = reverse_sequence(x, 2, padding_value=given)
+                assert_same_bits(out, np.array([0, 1, *[value] * 3], kind))
+
+
 def test_keys():
     """The hidden axis of a key array is taken for one of its axes."""
     keys = jax.random.split(jax.random.key(0), (3, 5))
@@ -175,6 +190,17 @@ def test_ids_from_the_host_past_32_bits():
     assert_same_bits(reverse_segments(x, segment_ids=ids), x[[1, 0, 3, 2, 4]])
     out = reverse_segments(x, segment_ids=ids, padding_id=1 + 2**32)
     assert_same_bits(out, x[[1, 0, 2, 3, 4]])
+
+
+def test_padding_id_at_the_limits():
+    """The least and the greatest id of a dtype are taken for ids past it."""
+    x = np.arange(4, dtype=np.int32)
+    for dtype in ("int8", "uint8", "int32", "uint32"):
+        for value in (np.iinfo(dtype).min, np.iinfo(dtype).max):
+            ids = np.array([5, 5, value, value], dtype)
+            for given in (ids, jnp.asarray(ids)):
+                out = reverse_segments(x, segment_ids=given, padding_id=int(value))
+                assert_same_bits(out, x[[1, 0, 2, 3]])
 
 
 def test_sums_that_wrap():
