@@ -3,6 +3,7 @@
 import itertools
 
 import jax
+import jax.export
 import numpy as np
 import pytest
 
@@ -78,3 +79,47 @@ def test_every_segmentation(size):
         order, _reference.reverse_order(x, lengths, **axes), strict=True
     ):
         assert_same_bits(out, expected)
+
+
+def test_sizes_around_words():
+    """Wrong where a word of 32 positions ends, or the tree above it grows."""
+    rng = np.random.default_rng(0)
+    # Past 32 words, each of 32 positions, there is a level more: twice so in the last.
+    sizes = (31, 32, 33, 1023, 1024, 1056, 33_000)
+    arguments, expected = [], []
+    for size in sizes:
+        x = np.arange(2 * size, dtype=np.int32).reshape(2, size)
+        # Dense and sparse boundaries: long segments pass over words without one.
+        starts = np.sort(rng.integers(0, size, (2, 5)), -1)
+        starts[1, 1:4] = starts[1, 0] + np.arange(1, 4)
+        ids = (np.arange(size) >= starts[..., None]).sum(1).astype(np.int32)
+        lengths = np.stack([np.bincount(row, minlength=6) for row in ids])[:, :5]
+        arguments.append((x, ids, lengths.astype(np.int32)))
+        by = dict(axis=1, batch_axes=(0,))
+        expected.append(
+            (
+                _reference.reverse(x, ids, layout="ids", **by),
+                _reference.reverse(x, ids, layout="ids", padding_id=5, **by),
+                _reference.reverse(x, lengths, layout="packed", **by),
+            )
+        )
+
+    def run(x, ids, lengths):
+        return (
+            reverse_segments(x, segment_ids=ids),
+            reverse_segments(x, segment_ids=ids, padding_id=5),
+            reverse_segments(x, lengths),
+        )
+
+    t = jax.export.symbolic_shape("t")
+    types = [jax.ShapeDtypeStruct((2, n), np.int32) for n in (*t, *t, 5)]
+    symbolic = jax.export.export(jax.jit(run))(*types)
+    known = jax.jit(lambda arguments: [run(*a) for a in arguments])(arguments)
+    for size, given, wanted, outs in zip(
+        sizes, arguments, expected, known, strict=True
+    ):
+        for want, out in zip(wanted, outs, strict=True):
+            assert_same_bits(out, want, f"{size} known")
+        if size in (33, 1056):
+            for want, out in zip(wanted, symbolic.call(*given), strict=True):
+                assert_same_bits(out, want, f"{size} symbolic")
