@@ -108,7 +108,7 @@ VALUE_ERRORS = (
     (lambda: seq(X, [[1, 2], [3]]), r"lengths is not an array.*inhomogeneous"),
     (
         lambda: seq(X, [[1] * 4] * 3),
-        r"lengths has shape \(3, 4\) and x has shape.*3.*2",
+        r"lengths has shape \(3, 4\) and x has shape.*needs rank 3 or more, but has 2;",
     ),
     (lambda: seq(X[0], [[1]]), r"lengths has shape \(1, 1\) and x has shape \(4,\)"),
     (lambda: seq(X, [[1] * 4] * 3, axis=0), r"lengths has shape \(3, 4\).*x.*\(3, 4\)"),
@@ -159,6 +159,10 @@ VALUE_ERRORS = (
     (lambda: pack_segments(X, [2, 2], max_length=2), r"lengths\.sum\(-1\) is 4.*3"),
     (lambda: pack_segments(X, [-1], max_length=2), r"lengths\[0\] is -1.*negative"),
     (lambda: unpack_segments(X[0], [1], total_length=1), r"lengths.*\(1,\).*x.*\(4,\)"),
+    (
+        lambda: unpack_segments(X[0], [1] * 4, total_length=4),
+        r"axes for rows and steps",
+    ),
     (lambda: unpack_segments(X, [1], total_length=1), r"lengths.*\(1,\).*x.*\(3, 4\)"),
     (lambda: unpack_segments(X, 1, total_length=1), r"lengths has rank 0.*rank 1"),
     (
@@ -166,14 +170,17 @@ VALUE_ERRORS = (
         r"steps number 6.*total_length is 5",
     ),
     (
-        lambda: unpack_segments(X, [1, -2, 1], total_length=5),
-        r"lengths\[1\] is -2.*negative",
+        lambda: unpack_segments(X, [1, -1, 1], total_length=5),
+        r"lengths\[1\] is -1.*negative",
     ),
 )
 
 # Values on the host; x is X but for the last ones.
 HOST_VALUES = (
-    (lambda x: seq(x, [1, 5, 9]), r"lengths\[1\] is 5, .*between 0 and 4.*axis 1"),
+    (
+        lambda x: seq(x, [1, 5, 9]),
+        r"lengths\[1\] is 5, .*4, the size of axis 1 of x;",
+    ),
     (lambda x: seq(x, (4, 4, -1)), r"lengths\[2\] is -1, .*between 0 and 4"),
     (lambda x: seq(x, np.array([0, 0, 200], np.uint8)), r"lengths\[2\] is 200"),
     (lambda x: seq(x, [0, 2**70, 0]), r"lengths\[1\] is 1180591620717411303424.*4"),

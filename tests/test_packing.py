@@ -105,6 +105,10 @@ def test_nothing():
         assert_same_bits(packed, np.full((2, 2, part.shape[1]), 3, np.float32))
         out = unpack_segments(packed[:, :0], lengths, total_length=1)
         assert_same_bits(out, np.zeros((1, part.shape[1]), np.float32))
+    # No room: nothing is left of the rows, and all rows of size 0 fit into nothing.
+    assert pack_segments(x, [1, 2], max_length=0).shape == (2, 0, 2)
+    out = unpack_segments(np.ones((2, 0, 2)), [0, 3], total_length=0)
+    assert out.shape == (0, 2)
 
 
 def test_gradients():

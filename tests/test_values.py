@@ -99,7 +99,7 @@ def test_padding_value_at_the_limits():
         info = np.finfo if kind.kind == "f" else np.iinfo
         # Of a bool they are integers, one of which packing has by default.
         limits = (0, 1) if dtype == "bool" else (info(kind).min, info(kind).max)
-        for value in limits:
+        for value in (*limits, np.inf) if kind.kind == "f" else limits:
             x = np.array([1, 0, 1, 1, 0], kind)
             given = float(value) if kind.kind == "f" else int(value)
             out = reverse_sequence(x, 2, padding_value=given)
@@ -150,8 +150,8 @@ def test_default_axes():
             expected([[1, 2], [2, 2], [0, 3]], 1, 0, layout="packed"),
         ),
         (
-            reverse_segments(x, cu_seqlens=[0, 2, 3], axis=1),
-            expected([2, 1], 1, layout="packed"),
+            reverse_segments(x, cu_seqlens=[0, 2, 4], axis=1),
+            expected([2, 2], 1, layout="packed"),
         ),
         (
             reverse_segments(x, segment_ids=[4, 4, 9, 9], axis=1),
