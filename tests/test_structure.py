@@ -129,6 +129,41 @@ def test_compiled_backward_pass(case):
         assert compiled.memory_analysis().temp_size_in_bytes == 0
 
 
+def lowered(x, platform):
+    x = jax.ShapeDtypeStruct(*x)
+    lengths = jax.ShapeDtypeStruct(x.shape[:1], jnp.int32)
+    traced = jax.jit(reverse_sequence).trace(x, lengths)
+    return traced.lower(lowering_platforms=(platform,)).as_text()
+
+
+def test_windows():
+    """Single elements are read one by one, or rows that a gather copies as they are."""
+    single, rows = ((4, 64, 1), jnp.float32), ((4, 64, 2), jnp.float32)
+    for x, platform, windows in (
+        (single, "cpu", True),
+        (single, "tpu", True),
+        (single, "cuda", False),
+        (rows, "cpu", False),
+        (rows, "tpu", False),
+    ):
+        assert ("stablehlo.pad" in lowered(x, platform)) == windows
+    # On a CPU they need no memory, or for small elements an index for each row.
+    lengths = jnp.zeros(4, jnp.int32)
+    for dtype, most in ((jnp.float32, 0), (jnp.int16, 8 * 4)):
+        x = jnp.zeros((4, 64, 1), dtype)
+        memory = jax.jit(reverse_sequence).lower(x, lengths).compile().memory_analysis()
+        assert memory.temp_size_in_bytes <= most
+
+
+def test_small_floats_move_as_integers():
+    """A platform that computes them in a wider format changes the payload of NaNs."""
+    for dtype in (jnp.float16, jnp.bfloat16, jnp.float8_e5m2):
+        for x in (((4, 8, 2), dtype), ((4, 8, 1), dtype)):
+            moved = r'"stablehlo.gather".* -> tensor<[\dx]*x(\w+)>'
+            types = set(re.findall(moved, lowered(x, "cpu")))
+            assert types - {"i1"} == {f"ui{jnp.finfo(dtype).bits}"}
+
+
 @by_name("case", SMALL)
 def test_traces_once(case):
     """Other values of the segments compile everything again."""

@@ -23,7 +23,6 @@ from tests.cases import (
     LENGTHS_TYPES,
     SMALL,
     TYPES,
-    Case,
     assert_same_bits,
     enable_x64,
 )
@@ -204,11 +203,15 @@ def test_padding_id_at_the_limits():
 
 def test_sums_that_wrap():
     """A running sum of lengths that wraps around 2**32 opens segments again."""
-    x = np.arange(6, dtype=np.int32)
     most = np.iinfo(np.int32).max
-    for lengths in ([2, most, most, 2, 2], [-most, 6, 1, -1, most], [most] * 5):
+    few = [[2, most, most, 2, 2], [-most, 6, 1, -1, most], [most] * 5]
+    n = 2**16 + 1  # So many segments of so many steps are more than 2**32.
+    many = [[3, 0, n - 9, *[n] * (n - 3)], [1, *[n] * (n - 1)]]
+    for lengths, size in ((few, 6), (many, n)):
+        lengths = np.array(lengths, np.int32)
+        x = np.arange(len(lengths) * size, dtype=np.int32).reshape(-1, size)
         expected = _reference.reverse(
-            x, np.array(lengths), axis=0, batch_axes=(), layout="packed"
+            x, lengths, axis=1, batch_axes=(0,), layout="packed"
         )
         assert_same_bits(reverse_segments(x, jnp.array(lengths)), expected)
 
@@ -230,15 +233,20 @@ def test_no_segments():
 
 def test_axis_longer_than_an_int32():
     """Positions past 2**31 do not fit the index: the arithmetic must be wider."""
-    x = jax.ShapeDtypeStruct((2**31 + 8,), jnp.int8)
-    for case in (Case("", (9,), layout=name) for name in ("padded", "packed")):
-        shape = () if case.layout == "padded" else (4,)
+    for size, layout, positions in (
+        (2**31 - 1, "padded", "i32"),  # No window, which would need more positions.
+        (2**31, "padded", "ui32"),
+        (2**31 + 8, "padded", "ui32"),
+        (2**31 + 8, "packed", "ui32"),
+    ):
+        x = jax.ShapeDtypeStruct((size,), jnp.int8)
+        shape = () if layout == "padded" else (4,)
         lengths = jax.ShapeDtypeStruct(shape, jnp.int32)
-        params = dict(axis=0, batch_axes=(), layout=case.layout)
+        params = dict(axis=0, batch_axes=(), layout=layout)
         lowered = jax.jit(functools.partial(reverse_segments_p.bind, **params)).lower(
             x, lengths
         )
-        assert "2147483656xui32" in lowered.as_text()
+        assert f"tensor<{size}x{positions}>" in lowered.as_text()
 
 
 def test_table():
