@@ -27,7 +27,7 @@ from jax_revseg import _compat
 from jax_revseg._compat import ad, batching, mlir
 from jax_revseg._lowering import packed_sums, reverse_gather
 
-LAYOUTS = {"padded": 0, "packed": 1, "ids": 1}  # Axes of `segments` after the batch.
+LAYOUTS = ("padded", "packed", "ids")
 Implementation = Literal["xla", "pallas"]
 
 
@@ -39,7 +39,7 @@ def _check(x, segments, axis, batch_axes, layout, implementation):
         )
     if layout not in LAYOUTS:
         raise ValueError(
-            f"reverse_segments_p: layout is {layout!r}; use one of {tuple(LAYOUTS)}."
+            f"reverse_segments_p: layout is {layout!r}; use one of {LAYOUTS}."
         )
     axes = (*batch_axes, axis)
     if len(set(axes)) != len(axes) or not all(0 <= a < x.ndim for a in axes):

@@ -282,6 +282,7 @@ def test_offsets_at_the_limits(dtype):
 BINDS = (
     (ValueError, dict(layout="dense"), (3,), r"layout is 'dense'.*padded"),
     (ValueError, dict(axis=2), (3,), r"axis 2 and batch_axes \(0,\).*rank 2"),
+    (ValueError, dict(axis=-1), (3,), r"axis -1 and batch_axes \(0,\).*from 0"),
     (ValueError, dict(axis=0), (3,), r"axis 0 and batch_axes \(0,\).*different"),
     (ValueError, dict(batch_axes=()), (3,), r"segments has shape \(3,\).*needs \(\)"),
     (ValueError, dict(layout="packed"), (3,), r"shape \(3,\).*needs \(3, 'K'\)"),

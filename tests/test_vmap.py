@@ -107,6 +107,10 @@ def test_every_axis(layout):
             combinations += [
                 (case, [(x_dim, segments_dim, out_dim, 4)]) for out_dim in out_dims
             ]
+    # Mapped behind two batch axes, whose order then counts.
+    planes = Case("planes", (2, 3, 5), layout=layout, axis=2, batch_axes=(0, 1))
+    last = len(planes.segments().shape)
+    combinations += [(planes, [(1, last, 0, 4)]), (planes, [(None, last, 3, 4)])]
     check(combinations)
 
 
