@@ -120,6 +120,21 @@ def test_keys():
     np.testing.assert_array_equal(jax.random.key_data(out), expected)
 
 
+def test_wrapped_arrays():
+    """What says how to become a JAX array, as Flax's parameters do, is refused."""
+
+    class Wrapped:
+        def __init__(self, value):
+            self.value = value
+
+        def __jax_array__(self):
+            return self.value
+
+    x = np.arange(6, dtype=np.int32)
+    out = reverse_sequence(Wrapped(jnp.asarray(x)), Wrapped(jnp.asarray(4)))
+    assert_same_bits(out, x[[3, 2, 1, 0, 4, 5]])
+
+
 def test_default_axes():
     """The axes that are left out are not the documented ones."""
     rng = np.random.default_rng(0)
