@@ -92,6 +92,8 @@ def test_sizes_around_words():
         # Dense and sparse boundaries: long segments pass over words without one.
         starts = np.sort(rng.integers(0, size, (2, 5)), -1)
         starts[1, 1:4] = starts[1, 0] + np.arange(1, 4)
+        starts[0, 4] = size // 32 * 32  # The tail begins where a word does.
+        starts = np.minimum(starts, starts[:, 4:])
         ids = (np.arange(size) >= starts[..., None]).sum(1).astype(np.int32)
         lengths = np.stack([np.bincount(row, minlength=6) for row in ids])[:, :5]
         arguments.append((x, ids, lengths.astype(np.int32)))

@@ -164,6 +164,15 @@ def test_small_floats_move_as_integers():
             assert types - {"i1"} == {f"ui{jnp.finfo(dtype).bits}"}
 
 
+@by_name("case", LARGE[1:3])
+def test_index_memory(case):
+    """What finds the segments takes more memory than a few indices."""
+    x, segments = jnp.asarray(case.x()), jnp.asarray(case.segments())
+    memory = jax.jit(case.call).lower(x, segments).compile().memory_analysis()
+    index = 4 * math.prod(x.shape[:2])
+    assert memory.temp_size_in_bytes < 4 * index + 1024
+
+
 @by_name("case", SMALL)
 def test_traces_once(case):
     """Other values of the segments compile everything again."""

@@ -68,7 +68,8 @@ def test_disable_jit(case):
 
 def test_padding_value():
     """Padding is not overwritten, something else is, or the bits of the rest change."""
-    group = [*KINDS, *TYPES]
+    rows = [case for case in AXES if len(case.batch_axes) == 2]
+    group = [*KINDS, *rows, *TYPES]
     with enable_x64():
         xs = [case.x() for case in group]
         for x in xs:
@@ -78,7 +79,9 @@ def test_padding_value():
                     x[x != x] = 1
         segments = [case.segments() for case in group]
         ones = [np.ones((), x.dtype)[()] for x in xs]  # 1 fits every dtype.
-        known = (True,) * len(KINDS)  # The others are traced, which is another way.
+        known = (True,) * (
+            len(group) - len(TYPES)
+        )  # The others are traced, which is another way.
         outs = jax.jit(
             lambda xs, segments, traced: [
                 case.call(x, s, padding_value=value)
@@ -86,7 +89,7 @@ def test_padding_value():
                     group, xs, segments, (*known, *traced), strict=True
                 )
             ]
-        )(xs, segments, ones[len(KINDS) :])
+        )(xs, segments, ones[len(known) :])
     for case, x, s, one, out in zip(group, xs, segments, ones, outs, strict=True):
         assert_same_bits(out, case.expected(x, s, padding_value=one), case.name)
 
@@ -220,8 +223,8 @@ def test_sums_that_wrap():
     """A running sum of lengths that wraps around 2**32 opens segments again."""
     most = np.iinfo(np.int32).max
     few = [[2, most, most, 2, 2], [-most, 6, 1, -1, most], [most] * 5]
-    n = 2**16 + 1  # So many segments of so many steps are more than 2**32.
-    many = [[3, 0, n - 9, *[n] * (n - 3)], [1, *[n] * (n - 1)]]
+    n = 2**16  # So many segments of so many steps are 2**32, which wraps to 0.
+    many = [[3, 0, n - 9, *[n] * (n - 3)], [n] * n]
     for lengths, size in ((few, 6), (many, n)):
         lengths = np.array(lengths, np.int32)
         x = np.arange(len(lengths) * size, dtype=np.int32).reshape(-1, size)
