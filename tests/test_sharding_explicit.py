@@ -216,6 +216,18 @@ def test_errors(x_spec, rows, message, jit):
         (jax.jit(f) if jit else f)(x, lengths)
 
 
+@pytest.mark.parametrize("placed", (True, False))
+def test_two_batch_axes(placed):
+    """Wrong here: only the first axis of lengths counts, or an x of no mesh as well."""
+    x = integers((8, 8, 4))
+    lengths = np.arange(64).reshape(8, 8) % 5
+    want = _reference.reverse(x, lengths, axis=2, batch_axes=(0, 1), layout="padded")
+    on_mesh = put(MESH, lengths, "a", "b")
+    y = reverse_sequence(put(MESH, x, None, None, None) if placed else x, on_mesh)
+    assert_same_bits(y, want)
+    assert spec_of(y) == ("a", "b", None)
+
+
 def test_partial_sums():
     """Wrong here: `unreduced` dropped from the type, so that a sum is never made."""
     rows = put(MESH, integers((8, 4)), "a", "b")
