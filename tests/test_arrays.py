@@ -71,6 +71,23 @@ def test_every_dtype_under_a_stack():
         assert_same_bits(bars[d], by_hand(xs[d], (2, 1, 0)), d)
 
 
+@pytest.mark.parametrize("dtype", ("int4", "uint4", "float4_e2m1fn"))
+def test_four_bits_in_a_loop(dtype):
+    """XLA cannot compile what a loop over rows makes of an operation on 4 bits."""
+    x = random_bits(np.random.default_rng(0), (3, 5), dtype)
+    lengths = np.array([2, 5, 0], np.int32)
+    ids = (lengths[:, None] > np.arange(5)).astype(np.int32)
+
+    def reverse(x, lengths, ids):
+        by_ids = reverse_segments(x, segment_ids=ids)
+        return reverse_sequence(x, lengths), by_ids
+
+    given = jnp.asarray(x), lengths, ids
+    looped = jax.jit(lambda given: lax.map(lambda row: reverse(*row), given))(given)
+    for out, want in zip(looped, reverse(*given), strict=True):
+        assert_same_bits(out, np.asarray(want))
+
+
 def test_keys_under_a_stack():
     """Wrong here: the hidden axis of a key array taken for one of its own."""
     keys = jax.random.split(jax.random.key(0), (4, 7, 2))
