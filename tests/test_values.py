@@ -79,9 +79,8 @@ def test_padding_value():
                     x[x != x] = 1
         segments = [case.segments() for case in group]
         ones = [np.ones((), x.dtype)[()] for x in xs]  # 1 fits every dtype.
-        known = (True,) * (
-            len(group) - len(TYPES)
-        )  # The others are traced, which is another way.
+        # Those of TYPES are traced, which is another way.
+        known = (True,) * (len(group) - len(TYPES))
         outs = jax.jit(
             lambda xs, segments, traced: [
                 case.call(x, s, padding_value=value)
