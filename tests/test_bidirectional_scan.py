@@ -138,6 +138,22 @@ def runs(ids, padding_id):
     return [(int(a), int(b)) for a, b in pairs if ids[a] != padding_id]
 
 
+def test_padding_id_past_an_int32():
+    """The greatest uint32: as a Python int it is no int32."""
+    most = 2**32 - 1
+    ids = jnp.array([[3, 3, most]], jnp.uint32)
+    carries, outputs = bidirectional_scan(
+        digits,
+        (10, 10),
+        jnp.zeros(1, int),
+        jnp.array([[1, 2, 7]]),
+        segment_ids=ids,
+        padding_id=most,
+    )
+    assert [carry.tolist() for carry in carries] == [[12], [21]]
+    assert [y.tolist() for y in outputs] == [[[1, 12, 0]], [[21, 2, 0]]]
+
+
 @pytest.mark.parametrize("device", [False, True])
 @pytest.mark.parametrize("padding_id", [None, 0])
 def test_packed_rows(padding_id, device):
