@@ -109,13 +109,21 @@ def _zeros(tree: Any) -> Any:
     return jax.tree.map(jnp.zeros_like, tree)
 
 
-def _first_step(x: jax.Array, live: jax.Array) -> jax.Array:
-    """The first valid step of each row of a time-major array; zero where none is."""
+def _fill_padding(x: jax.Array, live: jax.Array) -> jax.Array:
+    """A time-major array whose padding repeats the row's first valid step.
+
+    So `f` meets nothing there that it does not meet in a valid step: zeros, or a carry
+    run on past the row's end, could give a NaN derivative, and a NaN times a cotangent
+    of zero is a NaN. A row without a valid step is zero.
+    """
+    if not x.shape[0]:
+        return x
     index = jnp.argmax(live, 0, keepdims=True)
     index = lax.expand_dims(index, range(index.ndim, x.ndim))
     first = jnp.take_along_axis(x, index, 0, mode="promise_in_bounds")[0]
     # Its cotangent is zero, so nothing is lost by not scattering it back.
-    return lax.stop_gradient(_select(live.any(0), first, _zeros(first)))
+    first = lax.stop_gradient(_select(live.any(0), first, _zeros(first)))
+    return _select(live, x, first[None])
 
 
 def _one_direction(
@@ -127,14 +135,7 @@ def _one_direction(
     keep: jax.Array,
     live: jax.Array,
 ) -> tuple[Any, Any]:
-    """Scans time-major rows: after a step that does not `keep`, from `init` again.
-
-    Padding repeats the row's first step, so that `f` meets nothing there that it does
-    not meet in a valid step: zeros, or a carry run on past the row's end, could give a
-    NaN derivative, and a NaN times a cotangent of zero is a NaN.
-    """
-    if live.shape[0]:
-        xs = jax.tree.map(lambda x: _select(live, x, _first_step(x, live)[None]), xs)
+    """Scans time-major rows: after a step that does not `keep`, from `init` again."""
 
     def step(state: tuple[Any, Any], inputs: tuple[Any, jax.Array, jax.Array]):
         carry, last = state
@@ -310,9 +311,14 @@ def bidirectional_scan(
     inits = _pair_of_inits(one_step, init)
     _check_rows("init", inits[0], batch)
     inits = _stack("init", inits)
-    # From the end to the start a row's padding comes first: no reversal is needed.
-    xs = treedef.unflatten([jnp.stack([x, jnp.flip(x, 0)], 1) for x in leaves])
-    masks = _masks(segments, size)
+    masks = keep, live = _masks(segments, size)
+
+    def both_ways(x: jax.Array) -> jax.Array:
+        # From the end to the start a row's padding comes first: no reversal is needed.
+        ways = enumerate((x, jnp.flip(x, 0)))
+        return jnp.stack([_fill_padding(way, live[:, i]) for i, way in ways], 1)
+
+    xs = treedef.unflatten(map(both_ways, leaves))
     inits = _vary_alike(inits, (both, xs, masks))
     one = partial(_one_direction, f, unroll)
     # vmap makes of one loop over two directions one loop that steps through both.
