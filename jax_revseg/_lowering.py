@@ -31,12 +31,17 @@ def widen(lengths: jax.Array, size: int) -> jax.Array:
     return lengths.astype(dtype)
 
 
-def clip_lengths(lengths: jax.Array, size: int) -> jax.Array:
-    """Lengths in `[0, size]`, in the dtype of positions."""
+def cut_lengths(lengths: jax.Array, size: int) -> jax.Array:
+    """Lengths of at most `size`, negative ones too, in the dtype of positions."""
     lengths = widen(lengths, size)
     # A Python integer past 2**31 is refused as an operand.
     limit = np.asarray(size, lengths.dtype) if isinstance(size, int) else size
-    return jnp.clip(lengths, 0, limit)
+    return jnp.minimum(lengths, limit)
+
+
+def clip_lengths(lengths: jax.Array, size: int) -> jax.Array:
+    """Lengths in `[0, size]`, in the dtype of positions."""
+    return jnp.maximum(cut_lengths(lengths, size), 0)
 
 
 def packed_sums(lengths: jax.Array, size: int) -> jax.Array:
@@ -60,9 +65,12 @@ def packed_ends(lengths: jax.Array, size: int) -> jax.Array:
 
 
 def _padded_index(lengths, size):
-    end = clip_lengths(lengths, size)[..., None]
+    # Time-major this is computed for every row of every step, beside which a few
+    # features are little to move: no position is before a negative end, and an index
+    # without a sign need not be compared with 0 by the gather.
+    end = cut_lengths(lengths, size)[..., None]
     t = lax.broadcasted_iota(end.dtype, (*lengths.shape, size), lengths.ndim)
-    return t + (t < end).astype(t.dtype) * (end - 1 - 2 * t)
+    return jnp.where(t < end, end - 1 - t, t).astype(jnp.uint32)
 
 
 def _packed_index(lengths, size):
