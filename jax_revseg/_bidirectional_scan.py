@@ -311,7 +311,7 @@ def bidirectional_scan(
     inits = _pair_of_inits(one_step, init)
     _check_rows("init", inits[0], batch)
     inits = _stack("init", inits)
-    masks = keep, live = _masks(segments, size)
+    keep, live = _masks(segments, size)
 
     def both_ways(x: jax.Array) -> jax.Array:
         # From the end to the start a row's padding comes first: no reversal is needed.
@@ -319,10 +319,10 @@ def bidirectional_scan(
         return jnp.stack([_fill_padding(way, live[:, i]) for i, way in ways], 1)
 
     xs = treedef.unflatten(map(both_ways, leaves))
-    inits = _vary_alike(inits, (both, xs, masks))
+    inits = _vary_alike(inits, (both, xs, keep, live))
     one = partial(_one_direction, f, unroll)
     # vmap makes of one loop over two directions one loop that steps through both.
-    carries, ys = jax.vmap(one, (0, 0, 1, 1, 1), (0, 1))(both, inits, xs, *masks)
+    carries, ys = jax.vmap(one, (0, 0, 1, 1, 1), (0, 1))(both, inits, xs, keep, live)
 
     def ordered(direction: int, y: jax.Array) -> jax.Array:
         if axis >= y.ndim - 1:
