@@ -17,6 +17,7 @@ from jax_revseg._layout import Integers, Segments, as_array, ids, padded
 from jax_revseg._lowering import padding_mask
 
 _NAME = "bidirectional_scan"
+_SMALL_STEP = 4096  # Elements of one direction's carry; measured on a CPU.
 
 
 def _array(argument: str, leaf: Any) -> jax.Array:
@@ -135,16 +136,25 @@ def _one_direction(
     keep: jax.Array,
     live: jax.Array,
 ) -> tuple[Any, Any]:
-    """Scans time-major rows: after a step that does not `keep`, from `init` again."""
+    """Scans time-major rows: after a step that does not `keep`, from `init` again.
+
+    Chosen before the next step, the carry fuses with that, which is the least to do;
+    chosen where it is made, it leaves a large step's products to run side by side.
+    """
+    sizes = [leaf.size for leaf in jax.tree.leaves(init)]
+    before = all(isinstance(n, int) for n in sizes) and sum(sizes) <= _SMALL_STEP
+    if before:  # The last step's comes first, and meets `init`, which is the same.
+        keep = jnp.roll(keep, 1, 0)
 
     def step(state: tuple[Any, Any], inputs: tuple[Any, jax.Array, jax.Array]):
         carry, last = state
         x, keep, live = inputs
+        carry = _select(keep, carry, init) if before else carry
         new, y = f(params, carry, x)
         _check_carry(new, carry)
         _check_rows("a y of f", y, live.shape)
-        # Both choices stand where `new` is made, and fuse with that.
-        return (_select(keep, new, init), _select(live, new, last)), y
+        last = _select(live, new, last)
+        return (new if before else _select(keep, new, init), last), y
 
     (_, last), ys = lax.scan(step, (init, init), (xs, keep, live), unroll=unroll)
     return last, _select(live, ys, _zeros(ys))

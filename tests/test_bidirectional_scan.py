@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jax_revseg import bidirectional_scan
+from jax_revseg import _bidirectional_scan, bidirectional_scan
 
 N, T, D, H = 6, 6, 3, 4
 LENGTHS = np.array([0, 1, T, 3, 3, 1])
@@ -83,6 +83,13 @@ def weigh(result):
 PADDED = [[(0, int(n))] if n else [] for n in LENGTHS]
 
 
+@pytest.fixture(params=["small", "large"])
+def step(request, monkeypatch):
+    """Carries chosen as in small steps, which all are here, and as in large ones."""
+    if request.param == "large":
+        monkeypatch.setattr(_bidirectional_scan, "_SMALL_STEP", 0)
+
+
 @pytest.mark.parametrize("f, jit", [(gru, True), (gru, False), (lstm, True)])
 def test_values_and_gradients(f, jit):
     """Wrong order, wrong final state, lost or leaked gradient."""
@@ -109,6 +116,7 @@ def test_values_and_gradients(f, jit):
     )
 
 
+@pytest.mark.usefixtures("step")
 def test_exact_on_integers():
     """Every step once, in its order, in its place: digits of different bases."""
     xs = np.random.default_rng(1).integers(1, 7, (N, T))
@@ -154,6 +162,7 @@ def test_padding_id_past_an_int32():
     assert [y.tolist() for y in outputs] == [[[1, 12, 0]], [[21, 2, 0]]]
 
 
+@pytest.mark.usefixtures("step")
 @pytest.mark.parametrize("device", [False, True])
 @pytest.mark.parametrize("padding_id", [None, 0])
 def test_packed_rows(padding_id, device):
@@ -173,6 +182,7 @@ def test_packed_rows(padding_id, device):
     chex.assert_trees_all_equal(got, want)
 
 
+@pytest.mark.usefixtures("step")
 def test_packed_gradients():
     """A gradient that crosses from one segment into another, or comes from padding."""
     params, init, xs = arguments()
@@ -212,6 +222,7 @@ def test_padding_does_not_count(garbage):
     assert all(np.all(np.asarray(y)[~valid[..., 0]] == 0) for y in ys)
 
 
+@pytest.mark.usefixtures("step")
 @pytest.mark.parametrize("padded", [True, False])
 def test_step_that_only_valid_steps_can_take(padded):
     """A step that is singular at zero, and where a row's carry would run on to.
@@ -256,6 +267,20 @@ def test_one_loop():
     text = jax.jit(run).lower(params, init, xs, jnp.asarray(LENGTHS)).as_text()
     assert text.count("stablehlo.while") == 1
     assert f"tensor<2x{N}x{H}xf32>" in text
+
+
+def test_choice_by_the_size_of_a_step():
+    """The choice made where it is slower: in a small step f follows it, else not."""
+
+    def chosen_first(n):
+        jaxpr = jax.make_jaxpr(partial(bidirectional_scan, digits))(
+            (10, 7), jnp.zeros(n), jnp.zeros((n, T)), jnp.zeros(n, int)
+        )
+        loops = [e for e in jaxpr.eqns if e.primitive.name == "scan"]
+        body = str(loops[0].params["jaxpr"])
+        return body.index("name=_where") < body.index(" mul ")
+
+    assert chosen_first(4096) and not chosen_first(4097)
 
 
 def test_axes_and_trees():
@@ -363,8 +388,10 @@ def test_transformations(way):
 
 
 @pytest.mark.parametrize("mode", ["auto", "explicit", "shard_map"])
-@pytest.mark.parametrize("packed", [False, True])
-def test_batch_sharded(mode, packed):
+@pytest.mark.parametrize(
+    "packed, step", [(False, "small"), (True, "large")], indirect=["step"]
+)
+def test_batch_sharded(mode, packed, step):
     """A collective over the data, or a gradient of replicated params not summed."""
     params, init, xs = arguments(n=8)
     rows = jnp.asarray(np.resize(IDS, (8, T)) if packed else np.resize(LENGTHS, 8))
