@@ -74,9 +74,11 @@ class Operands:
     def repeat(self, call: Callable[[], jax.Array]) -> Callable[[int], jax.Array]:
         def run(n: int) -> jax.Array:
             for _ in range(n - 1):
-                out = call()
+                # No name holds the output, so that the next can have its memory.
                 if self.wait_each:
-                    out.block_until_ready()
+                    call().block_until_ready()
+                else:
+                    call()
             return call().block_until_ready()
 
         return run
