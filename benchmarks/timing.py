@@ -20,7 +20,7 @@ import numpy as np
 
 LIMIT = 0.05  # A larger error of `x + 1` against itself makes a row noisy.
 SAMPLE_SECONDS = 0.003  # Calls shorter than this are timed several at once.
-LEAST_ROUNDS, MOST_ROUNDS = 9, 101
+LEAST_ROUNDS, MOST_ROUNDS = 9, 1001
 
 
 @dataclass(frozen=True)
