@@ -80,10 +80,12 @@ def _seconds(contender: Contender, n: int) -> float:
 
 
 def _calls(contender: Contender) -> int:
-    n, seconds = 1, _seconds(contender, 1)
+    # The least of all: by a slow first look alike contenders would get unlike numbers
+    # of calls, of which the first costs most.
+    n, seconds = 1, min(_seconds(contender, 1) for _ in range(3))
     while n * seconds < SAMPLE_SECONDS:  # A single short call says little by itself.
         n = min(math.ceil(1.2 * SAMPLE_SECONDS / max(seconds, 1e-7)), 4 * n)
-        seconds = _seconds(contender, n)
+        seconds = min(seconds, _seconds(contender, n))
     return n
 
 
