@@ -29,7 +29,7 @@ class Contender:
 
     name: str
     run: Callable[[int], Any] = field(repr=False)
-    # Its output: "reused"; "fresh", from the system; "eager", which is fresh without
+    # Its output: "reused"; "fresh", from the allocator; "eager", which is fresh without
     # jit; or "pooled", a new array in memory that the framework had kept for it.
     regime: str = "reused"
     direction: str = "forward"  # or "vjp"
