@@ -14,20 +14,22 @@ Which function:
 
 - `reverse_sequence`: one segment a row, `x` of shape `(N, T, ...)` and lengths `(N,)`;
   with `axis=0`, time-major.
-- `reverse_segments`: several segments a row, by lengths `(N, K)`, by ids `(N, T)`
-  (masks and left padding too), or by cumulative offsets.
+- `reverse_segments`: several segments a row, by lengths `(N, K)`, by ids `(N, T)` (also
+  masks and left padding), or by cumulative offsets.
 - `reverse_segment_order`: the order of the segments, not their content.
 - `pack_segments`, `unpack_segments`: from a flat axis to padded rows, and back.
-- `bidirectional`: a bidirectional layer out of any two that run forward.
+- `scan_segments`: `jax.lax.scan` that skips padding and restarts at segments.
+- `associative_scan_segments`: `jax.lax.associative_scan` that restarts at segments.
+- `bidirectional`: a bidirectional layer from two layers that run forward.
 - `bidirectional_scan`: both directions of a recurrence in one loop.
-- `reverse_segments_p`: the JAX primitive under all of them.
+- `reverse_segments_p`: the JAX primitive under the reversals.
 
-Every function works under `jit`, `vmap`, `grad`, `shard_map` and every other
-transformation, and the gradient of a reversal is the same reversal. Lengths from the
-host are checked where they are given; those on a device are cut to the axis, so that no
-read is ever out of bounds, and checked under `jax.experimental.checkify`.
+All functions work under `jit`, `vmap`, `grad` and `shard_map`. The gradient of a
+reversal is the same reversal. Lengths on the host are checked at the call. Lengths in
+JAX arrays are clipped, so no read is out of bounds; `jax.experimental.checkify` checks
+them.
 
-`python -m jax_revseg` checks and times all this on the devices of this machine.
+`python -m jax_revseg` checks and times the reversals on the devices of this machine.
 """
 
 from jax_revseg._api import (
@@ -36,16 +38,21 @@ from jax_revseg._api import (
     reverse_sequence as reverse_sequence,
 )
 from jax_revseg._bidirectional import bidirectional as bidirectional
-from jax_revseg._bidirectional_scan import bidirectional_scan as bidirectional_scan
 from jax_revseg._packing import (
     pack_segments as pack_segments,
     unpack_segments as unpack_segments,
 )
 from jax_revseg._primitive import reverse_segments_p as reverse_segments_p
+from jax_revseg._scan import (
+    associative_scan_segments as associative_scan_segments,
+    bidirectional_scan as bidirectional_scan,
+    scan_segments as scan_segments,
+)
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "associative_scan_segments",
     "bidirectional",
     "bidirectional_scan",
     "pack_segments",
@@ -53,5 +60,6 @@ __all__ = [
     "reverse_segments",
     "reverse_segments_p",
     "reverse_sequence",
+    "scan_segments",
     "unpack_segments",
 ]

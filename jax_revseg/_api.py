@@ -2,71 +2,69 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from functools import lru_cache, partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
-from jax_revseg import _compat, _layout
-from jax_revseg._layout import BatchAxis, Integers, Segments
-from jax_revseg._lowering import align, packed_ends, padding_mask
-from jax_revseg._primitive import Implementation, reverse_segments_p
-from jax_revseg._sequence import AxisName, axis_size, on_whole_rows
+from jax_revseg import _compat
+from jax_revseg._arguments import (
+    AxisName,
+    BatchAxis,
+    Call,
+    Implementation,
+    Integers,
+    split_constant,
+)
+from jax_revseg._layout import Layout
+from jax_revseg._linear import compiled
+from jax_revseg._lowering import align, packed_ends, padding_mask, starts_of
+from jax_revseg._primitive import bind
+from jax_revseg._segments import parse_segments
+from jax_revseg._sharded_axis import whole_rows
 
 
-@lru_cache(maxsize=4096)
-def _compiled(**params: Any) -> Callable[..., jax.Array]:
-    return jax.jit(partial(reverse_segments_p.bind, **params))
+def _reverse(x: jax.Array, segments: Any, layout: Layout, how: Any) -> jax.Array:
+    if _compat.staged(x, segments):
+        return bind(x, segments, layout, how)
+    return compiled(_bind, layout, how)(x, segments)  # Half the time of an eager bind.
 
 
-def _bind(x: jax.Array, segments: Segments, implementation: str) -> jax.Array:
-    values, axis, batch_axes, layout, padding_id = segments
-    params = dict(
-        axis=axis,
-        batch_axes=batch_axes,
-        layout=layout,
-        padding_id=padding_id,
-        implementation=implementation,
-    )
-    if not _compat.staged(x, values):
-        return _compiled(**params)(x, values)  # Half the time of an eager bind.
-    # Inside shard_map the result differs between devices wherever the segments do. If
-    # `x` did not say so, the transpose would not know that it must sum over them.
-    missing = _compat.varying(jax.typeof(values)) - _compat.varying(jax.typeof(x))
-    x = _compat.pvary(x, missing)
-    return reverse_segments_p.bind(x, values, **params)
+def _bind(layout, how, x, segments):
+    return bind(x, segments, layout, how)
 
 
-def _reverse(
-    name: str,
+def _fill(layout, constant, out, segments, value):
+    value = constant.array() if constant else value
+    mask = padding_mask(segments, out.shape[layout.axis], layout)
+    return jnp.where(align(mask, out.ndim, layout), value, out)
+
+
+def _totals(layout, x, lengths):
+    return jnp.max(packed_ends(lengths, x.shape[layout.axis]), -1, initial=0)
+
+
+def _reversed_lengths(layout, devices, x, lengths):
+    ends = packed_ends(lengths, x.shape[layout.axis] * devices)
+    return jnp.flip(ends - starts_of(ends), -1).astype(lengths.dtype)
+
+
+def reverse_rows(
+    call: Call,
     x: jax.Array,
-    segments: Segments,
-    padding_value: Any,
-    implementation: str,
+    segments: Any,
+    layout: Layout,
+    padding_value: Any = None,
+    implementation: Implementation | None = None,
 ) -> jax.Array:
-    if padding_value is None:
-        return _bind(x, segments, implementation)
-    value = _layout.as_padding_value(name, x.dtype, padding_value)
-    out = _bind(x, segments, implementation)
-    values, axis, batch_axes, layout, padding_id = segments
-    if layout == "ids" and padding_id is None:
-        return out  # No position is padding.
-    mask = padding_mask(values, x.shape[axis], layout, padding_id)
-    return jnp.where(align(mask, x.ndim, axis, batch_axes), value, out)
-
-
-def _reverse_order(x: jax.Array, segments: Segments, implementation: str) -> jax.Array:
-    """Lays the segments of each row down in the opposite order."""
-    # Reversing all that is valid puts the segments in the opposite order, each of them
-    # reversed; so each one is reversed first. That is done by the lengths as they were
-    # given: checkify looks at those.
-    each = _bind(x, segments, implementation)
-    ends = packed_ends(segments.values, x.shape[segments.axis])
-    total = jnp.max(ends, -1, initial=0)  # Without an `ends[..., -1]` where K is 0.
-    return _bind(each, segments._replace(values=total, layout="padded"), implementation)
+    """Reverses the segments of checked arguments; `bidirectional` enters here."""
+    rows = whole_rows(call, x, segments, layout)
+    out = _reverse(rows.x, rows.segments, layout, implementation)
+    if padding_value is not None:
+        constant, value = split_constant(padding_value)
+        out = compiled(_fill, layout, constant)(out, rows.segments, value)
+    return rows.restore(out)
 
 
 def reverse_sequence(
@@ -77,46 +75,45 @@ def reverse_sequence(
     batch_axis: BatchAxis = None,
     padding_value: ArrayLike | None = None,
     axis_name: AxisName | None = None,
-    implementation: Implementation = "xla",
+    implementation: Implementation | None = None,
 ) -> jax.Array:
     """Reverses the first `lengths[n]` steps of each row; padding stays where it is.
 
     For a row of length `n`, `out[i] = x[n - 1 - i]` for `0 <= i < n`, and `out[i] =
-    x[i]` elsewhere. Values move unchanged, bit for bit (but `padding_value` may change
+    x[i]` elsewhere. Values move unchanged, bit for bit (only `padding_value` may change
     the payload of a NaN of 16 bits or less). The function is its own inverse and its
     own gradient.
 
-    Lengths given as Python or NumPy values are checked at once, also under `jit`.
-    Lengths on a device, or traced, are not waited for: a negative length counts as 0,
-    one past the end as the size of the axis. Under `jax.experimental.checkify` those
-    raise.
+    Python and NumPy lengths are checked at the call, also under `jit`. Lengths in JAX
+    arrays are clipped to `[0, T]`; under `jax.experimental.checkify` lengths out of
+    range raise.
 
     Args:
         x: Array of rank 1 or more and any dtype, `(N, T, ...)` by default.
         lengths: Integers, in steps, one for each row: the shape of the batch axes of
             `x`, `(N,)` by default. A scalar reverses axis 0 of one unbatched sequence.
-        axis: The segment axis of `x`, the one that is reversed. The default is the one
-            right after the batch axes, `lengths.ndim`. For a time-major `(T, N, ...)`
-            give `axis=0`.
+        axis: The segment axis of `x`, the axis to reverse. The default is the axis
+            right after the batch axes, `lengths.ndim`. For time-major data `(T, N,
+            ...)` pass `axis=0`.
         batch_axis: The axis or axes of `x` that go with the axes of `lengths`, in that
-            order. The default is the first ones other than `axis`.
-        padding_value: Scalar that is written to the padding; `x` gets no gradient
+            order. The default is the first axes other than `axis`.
+        padding_value: Scalar to write into the padding; the gradient of `x` is zero
             there. The default keeps the padding.
-        axis_name: Inside `jax.shard_map`, the mesh axis, or a tuple of them, over which
-            the segment axis is sharded. `x` is then the local block, and `lengths`
-            still count from the start of the whole axis.
-        implementation: `"xla"`, a gather, or `"pallas"`, a kernel for TPUs; what that
-            does not cover, other platforms among it, is gathered all the same.
+        axis_name: Inside `jax.shard_map`, the mesh axis, or a tuple of mesh axes, over
+            which the segment axis is sharded. `x` is then the local block, and
+            `lengths` count from the start of the global axis.
+        implementation: `"xla"`, a gather, or `"pallas"`, a kernel for TPUs. The default
+            lets the library choose.
 
     Returns:
         Array of the shape and dtype of `x`.
 
     Raises:
-        TypeError: `x` is not an array, `lengths` or an axis is not an integer, or
-            `padding_value` does not fit the dtype of `x`.
+        TypeError: `x` is not an array, `lengths` or an axis is not an integer, or the
+            dtype of `x` cannot hold `padding_value`.
         ValueError: `lengths` does not have the shape of the batch axes, an axis is out
-            of range or named twice, a length from the host lies outside the axis, or
-            `implementation` is unknown.
+            of range or named twice, a host length lies outside the axis, or
+            `implementation` is unknown or cannot run here.
 
     Example:
         >>> import jax.numpy as jnp
@@ -129,14 +126,12 @@ def reverse_sequence(
     Source: Caffe2's `ReversePackedSegs` (which is time-major), TensorFlow's
     `reverse_sequence`, ONNX's `ReverseSequence`.
     """
-    name = "reverse_sequence"
-    x = _layout.as_array(name, x)
-    blocks = axis_size(name, axis_name)
-    segments = _layout.padded(name, x, lengths, axis, batch_axis, blocks)
-    reverse = partial(
-        _reverse, name, padding_value=padding_value, implementation=implementation
-    )
-    return on_whole_rows(reverse, x, segments, axis_name)
+    call = Call("reverse_sequence", "x", axis_name)
+    x = call.array(x)
+    segments, layout = parse_segments(call, x, axis, batch_axis, lengths=lengths)
+    value = call.scalar(padding_value, x.dtype)
+    how = call.implementation(implementation)
+    return reverse_rows(call, x, segments, layout, value, how)
 
 
 def reverse_segments(
@@ -150,7 +145,7 @@ def reverse_segments(
     batch_axis: BatchAxis = None,
     padding_value: ArrayLike | None = None,
     axis_name: AxisName | None = None,
-    implementation: Implementation = "xla",
+    implementation: Implementation | None = None,
 ) -> jax.Array:
     """Reverses each of several segments a row; segments keep their places.
 
@@ -159,44 +154,46 @@ def reverse_segments(
     `segment_ids` and `cu_seqlens` says where the segments lie. The function is its own
     inverse and its own gradient.
 
-    Values given as Python or NumPy values are checked at once, also under `jit`. On a
-    device, or traced, they are not waited for: a negative length (or a decreasing
-    offset) counts as an empty segment, and segments are cut at the end of the axis.
-    Under `jax.experimental.checkify` those raise.
+    Python and NumPy values are checked at the call, also under `jit`. In JAX arrays a
+    negative length or a decreasing offset counts as an empty segment, and segments end
+    at the end of the axis; under `jax.experimental.checkify` these values raise.
+
+    For one length a row, of shape `(N,)`, use `reverse_sequence`: here lengths of shape
+    `(K,)` describe K segments along axis 0.
 
     Args:
         x: Array of rank 1 or more and any dtype, `(*batch, T, ...)` by default.
         lengths: Integers of shape `(*batch, K)`, in steps: segments laid end to end
-            from position 0. A length of 0 is an empty segment. What follows the last
-            segment is padding.
+            from position 0. A length of 0 is an empty segment. The positions after the
+            last segment are padding.
         segment_ids: Integers of shape `(*batch, T)`: every maximal run of equal ids is
             a segment.
         cu_seqlens: Integers of shape `(*batch, K + 1)`: cumulative offsets from 0, as
-            variable-length attention kernels take them. Only their differences count
-            on a device.
+            variable-length attention kernels take them. In a JAX array only their
+            differences count.
         padding_id: The id in `segment_ids` whose runs are padding. By default no id is.
-            A mask is `segment_ids=mask.astype(int), padding_id=0`.
-        axis: The segment axis of `x`. The default is the one right after the batch
+            For a mask pass `segment_ids=mask.astype(int), padding_id=0`.
+        axis: The segment axis of `x`. The default is the axis right after the batch
             axes.
         batch_axis: The axis or axes of `x` that go with the batch axes of the encoding,
-            in that order. The default is the first ones other than `axis`.
-        padding_value: Scalar that is written to the padding; `x` gets no gradient
+            in that order. The default is the first axes other than `axis`.
+        padding_value: Scalar to write into the padding; the gradient of `x` is zero
             there. The default keeps the padding.
-        axis_name: Inside `jax.shard_map`, the mesh axis, or a tuple of them, over which
-            the segment axis is sharded. `x` and `segment_ids` are then local blocks;
-            `lengths` and `cu_seqlens` still describe the whole axis.
-        implementation: `"xla"`, a gather, or `"pallas"`, a kernel for TPUs; what that
-            does not cover, other platforms among it, is gathered all the same.
+        axis_name: Inside `jax.shard_map`, the mesh axis, or a tuple of mesh axes, over
+            which the segment axis is sharded. `x` and `segment_ids` are then local
+            blocks; `lengths` and `cu_seqlens` describe the global axis.
+        implementation: `"xla"`, a gather, or `"pallas"`, a kernel for TPUs. The default
+            lets the library choose.
 
     Returns:
         Array of the shape and dtype of `x`.
 
     Raises:
-        TypeError: `x` is not an array, an encoding or an axis is not an integer, or
-            `padding_value` does not fit the dtype of `x`.
-        ValueError: Not exactly one encoding is given, its shape does not go with `x`,
-            an axis is out of range or named twice, or values from the host are
-            negative, decrease, or pass the end of the axis.
+        TypeError: `x` is not an array, an encoding or an axis is not an integer, or the
+            dtype of `x` cannot hold `padding_value`.
+        ValueError: Not exactly one encoding is given, its shape does not fit `x`, an
+            axis is out of range or named twice, host values are negative, decrease, or
+            pass the end of the axis, or `implementation` is unknown or cannot run here.
 
     Example:
         >>> import jax.numpy as jnp
@@ -210,35 +207,24 @@ def reverse_segments(
         >>> reverse_segments(x, cu_seqlens=[0, 2, 5])
         Array([2, 1, 5, 4, 3, 0, 0], dtype=int32)
 
-    Source: Caffe2's `ReversePackedSegs` on segments that are laid end to end.
+    Source: Caffe2's `ReversePackedSegs`, applied to segments that are laid end to end.
     """
-    name = "reverse_segments"
-    x = _layout.as_array(name, x)
-    encodings = dict(lengths=lengths, segment_ids=segment_ids, cu_seqlens=cu_seqlens)
-    given = [argument for argument, value in encodings.items() if value is not None]
-    if len(given) != 1:
-        raise ValueError(
-            f"{name}: got {' and '.join(given) or 'none'} of {', '.join(encodings)}; "
-            "give exactly one of them."
-        )
-    if padding_id is not None and segment_ids is None:
-        raise ValueError(
-            f"{name}: padding_id is {padding_id!r}, but the segments are given by "
-            f"{given[0]}; padding_id goes with segment_ids only: leave it out."
-        )
-    blocks = axis_size(name, axis_name)
-    if segment_ids is not None:
-        segments = _layout.ids(
-            name, x, segment_ids, padding_id, axis, batch_axis, blocks
-        )
-    elif cu_seqlens is not None:
-        segments = _layout.offsets(name, x, cu_seqlens, axis, batch_axis, blocks)
-    else:
-        segments = _layout.packed(name, x, lengths, axis, batch_axis, blocks)
-    reverse = partial(
-        _reverse, name, padding_value=padding_value, implementation=implementation
+    call = Call("reverse_segments", "x", axis_name)
+    x = call.array(x)
+    segments, layout = parse_segments(
+        call,
+        x,
+        axis,
+        batch_axis,
+        lengths_kind="packed",
+        padding_id=padding_id,
+        lengths=lengths,
+        segment_ids=segment_ids,
+        cu_seqlens=cu_seqlens,
     )
-    return on_whole_rows(reverse, x, segments, axis_name)
+    value = call.scalar(padding_value, x.dtype)
+    how = call.implementation(implementation)
+    return reverse_rows(call, x, segments, layout, value, how)
 
 
 def reverse_segment_order(
@@ -248,35 +234,36 @@ def reverse_segment_order(
     axis: int | None = None,
     batch_axis: BatchAxis = None,
     axis_name: AxisName | None = None,
-    implementation: Implementation = "xla",
+    implementation: Implementation | None = None,
 ) -> tuple[jax.Array, jax.Array]:
-    """Lays the segments of each row down in the opposite order, each one intact.
+    """Puts the segments of each row into the opposite order, each one intact.
 
-    What follows the last segment stays as it is. Called again with the lengths that it
-    returns, the function undoes itself. Lengths from the host are checked; on a device
-    a negative one counts as 0, and segments are cut at the end of the axis.
+    The positions after the last segment stay as they are. A second call with the
+    returned lengths restores `x`. Host lengths are checked; in JAX arrays a negative
+    length counts as 0, and segments end at the end of the axis.
 
     Args:
         x: Array of rank 1 or more and any dtype, `(*batch, T, ...)` by default.
         lengths: Integers of shape `(*batch, K)`, in steps: segments laid end to end.
-        axis: The segment axis of `x`. The default is the one right after the batch
+        axis: The segment axis of `x`. The default is the axis right after the batch
             axes.
         batch_axis: The axis or axes of `x` that go with the batch axes of `lengths`, in
-            that order. The default is the first ones other than `axis`.
-        axis_name: Inside `jax.shard_map`, the mesh axis, or a tuple of them, over which
-            the segment axis is sharded. `x` is then the local block, and `lengths`
-            still count from the start of the whole axis.
-        implementation: `"xla"`, a gather, or `"pallas"`, a kernel for TPUs; what that
-            does not cover, other platforms among it, is gathered all the same.
+            that order. The default is the first axes other than `axis`.
+        axis_name: Inside `jax.shard_map`, the mesh axis, or a tuple of mesh axes, over
+            which the segment axis is sharded. `x` is then the local block, and
+            `lengths` describe the global axis.
+        implementation: `"xla"`, a gather, or `"pallas"`, a kernel for TPUs. The default
+            lets the library choose.
 
     Returns:
-        The array, of the shape and dtype of `x`, and the lengths of its segments, of
-        the shape of `lengths` (as they were cut, in the opposite order).
+        The array, of the shape and dtype of `x`, and the lengths of its segments in the
+        new order, clipped, of the shape of `lengths`.
 
     Raises:
         TypeError: `x` is not an array, or `lengths` or an axis is not an integer.
-        ValueError: The shape of `lengths` does not go with `x`, an axis is out of range
-            or named twice, or lengths from the host are negative or pass the axis.
+        ValueError: The shape of `lengths` does not fit `x`, an axis is out of range or
+            named twice, host lengths are negative or pass the axis, or `implementation`
+            is unknown or cannot run here.
 
     Example:
         >>> import jax.numpy as jnp
@@ -287,12 +274,17 @@ def reverse_segment_order(
         >>> lengths
         Array([3, 2], dtype=int32)
     """
-    name = "reverse_segment_order"
-    x = _layout.as_array(name, x)
-    blocks = axis_size(name, axis_name)
-    segments = _layout.packed(name, x, lengths, axis, batch_axis, blocks)
-    reverse = partial(_reverse_order, implementation=implementation)
-    out = on_whole_rows(reverse, x, segments, axis_name)
-    ends = packed_ends(segments.values, blocks * x.shape[segments.axis])
-    starts = jnp.concatenate([jnp.zeros_like(ends[..., :1]), ends[..., :-1]], -1)
-    return out, jnp.flip(ends - starts, -1).astype(segments.values.dtype)
+    call = Call("reverse_segment_order", "x", axis_name)
+    x = call.array(x)
+    segments, layout = parse_segments(
+        call, x, axis, batch_axis, lengths_kind="packed", lengths=lengths
+    )
+    how = call.implementation(implementation)
+    rows = whole_rows(call, x, segments, layout)
+    # Reversing the whole valid part puts the segments into the opposite order, each of
+    # them reversed; so each one is reversed first.
+    each = _reverse(rows.x, rows.segments, layout, how)
+    totals = compiled(_totals, layout)(rows.x, rows.segments)
+    out = _reverse(each, totals, layout._replace(kind="padded"), how)
+    lengths = compiled(_reversed_lengths, layout, call.devices)(x, segments)
+    return rows.restore(out), lengths

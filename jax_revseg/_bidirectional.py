@@ -3,17 +3,26 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
+from types import BuiltinFunctionType, FunctionType
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.tree_util import keystr, register_pytree_with_keys_class
 
-from jax_revseg._api import reverse_sequence
-from jax_revseg._layout import BatchAxis, Integers, as_array, padded
-from jax_revseg._sequence import AxisName, axis_size
+from jax_revseg._api import reverse_rows
+from jax_revseg._arguments import AxisName, BatchAxis, Call, Integers
+from jax_revseg._segments import parse_arrays
 
 
 def _concatenate(forward: Any, backward: Any) -> Any:
+    trees = [jax.tree.structure(tree) for tree in (forward, backward)]
+    if trees[0] != trees[1]:
+        raise ValueError(
+            f"bidirectional: forward returned the structure {trees[0]} and backward "
+            f"{trees[1]}, which cannot be concatenated; give a merge of your own."
+        )
     return jax.tree.map(lambda a, b: jnp.concatenate([a, b], -1), forward, backward)
 
 
@@ -22,27 +31,42 @@ def bidirectional(
     backward: Callable[[Any], Any],
     *,
     merge: Callable[[Any, Any], Any] = _concatenate,
-) -> Callable[..., Any]:
-    """Makes a bidirectional layer out of two that run forward.
+) -> Bidirectional:
+    """Makes a bidirectional layer from two layers that run forward.
 
-    `run(x, lengths)` is `merge(forward(x), reverse(backward(reverse(x))))`, where
-    `reverse` is `reverse_sequence`: the backward layer sees each row's valid steps from
-    the last to the first, and its outputs come back in the order of `x`. Neither layer
-    sees padding before a valid step. What the layers give at padding stays there: mask
-    it where it matters.
+    `run(x, lengths)` is `merge(forward(x), reverse(backward(reverse(x))))`. The backward
+    layer gets the valid steps of each segment from the last to the first, and its
+    outputs return to the order of `x`. With one length a row, both layers process all
+    valid steps before any padding, so padding cannot affect valid outputs. The outputs
+    at padding are whatever the layers return there: mask them where they matter.
+
+    With `segment_ids` or `cu_seqlens` segments keep their places, so the same ids serve
+    both directions: give them to layers that restart at segments, as packed state
+    space models do.
+
+    The result is a pytree with `forward` and `backward` as children (plain functions
+    are static). So it can be a field of an Equinox module, or `flax.nnx.data(...)` in
+    an NNX module, and its layers train, are saved and are counted.
 
     Args:
         forward: Function of `x` that returns an array or a pytree of arrays, each with
-            the batch and segment axes of `x`. A layer that wants the lengths too gets
-            them by `functools.partial`.
+            the batch and segment axes of `x`. Return only outputs, no final carry: for
+            final states use `bidirectional_scan`. (An array whose sizes at these axes
+            happen to be equal is taken for an output.)
         backward: The same, for the other direction.
         merge: Function of the two results. The default concatenates the last axes.
 
     Returns:
-        A function `run(x, lengths, *, axis=None, batch_axis=None, axis_name=None)`. Its
-        `x` is an array or a pytree of arrays; its other arguments are those of
-        `reverse_sequence`, and it raises what that raises. With `axis_name`, `forward`
-        and `backward` get local blocks and must pass their state between devices.
+        A callable `run(x, lengths=None, *, segment_ids=None, cu_seqlens=None,
+        padding_id=None, axis=None, batch_axis=None, axis_name=None)`. `x` is an array
+        or a pytree of arrays; `lengths` has one length for each row, as in
+        `reverse_sequence`; the other arguments are those of `reverse_segments`. With
+        `axis_name` the layers get local blocks and must pass their state between
+        devices.
+
+    Raises:
+        ValueError: From `run`: an output lacks the batch and segment axes of `x`, the
+            two results differ in structure, or as `reverse_segments`.
 
     Example:
         >>> import jax.numpy as jnp
@@ -57,38 +81,85 @@ def bidirectional(
     Transactions on Signal Processing 45 (1997), for ragged rows as in
     `tf.keras.layers.Bidirectional` and Flax's `Bidirectional`.
     """
+    return Bidirectional(forward, backward, merge)
 
-    def run(
+
+@register_pytree_with_keys_class
+class Bidirectional:
+    """A bidirectional layer: see `bidirectional`."""
+
+    def __init__(self, forward: Any, backward: Any, merge: Any) -> None:
+        """Keeps the two layers, and the function that merges their results."""
+        self.forward, self.backward, self.merge = forward, backward, merge
+
+    def tree_flatten_with_keys(self) -> tuple[Any, Any]:
+        """Children are layers with leaves; a plain function is static."""
+        layers = {"forward": self.forward, "backward": self.backward}
+        functions = (FunctionType, BuiltinFunctionType)
+        static = {k: v for k, v in layers.items() if isinstance(v, functions)}
+        children = [
+            (jax.tree_util.GetAttrKey(k), v) for k, v in layers.items() if k not in static
+        ]
+        return children, (tuple(static.items()), self.merge)
+
+    @classmethod
+    def tree_unflatten(cls, aux: Any, children: Any) -> Bidirectional:
+        """Undoes `tree_flatten_with_keys`."""
+        static, children = dict(aux[0]), iter(children)
+        layers = [
+            static[name] if name in static else next(children)
+            for name in ("forward", "backward")
+        ]
+        return cls(*layers, aux[1])
+
+    def __call__(
+        self,
         x: Any,
-        lengths: Integers,
+        lengths: Integers | None = None,
         *,
+        segment_ids: Integers | None = None,
+        cu_seqlens: Integers | None = None,
+        padding_id: int | None = None,
         axis: int | None = None,
         batch_axis: BatchAxis = None,
         axis_name: AxisName | None = None,
     ) -> Any:
-        leaves = [as_array("bidirectional", leaf) for leaf in jax.tree.leaves(x)]
-        if not leaves:
-            raise ValueError(
-                f"bidirectional: x is {x!r}, a pytree with no array in it; give at "
-                "least 1 array."
-            )
-        # The outputs may have another rank than x, so that an axis counted from the end
-        # would be another one.
-        blocks = axis_size("bidirectional", axis_name)
-        segments = padded("bidirectional", leaves[0], lengths, axis, batch_axis, blocks)
+        """Runs both layers over `x`."""
+        call = Call("bidirectional", "x", axis_name)
+        x, segments, layout = parse_arrays(
+            call,
+            "x",
+            x,
+            axis,
+            batch_axis,
+            padding_id=padding_id,
+            lengths=lengths,
+            segment_ids=segment_ids,
+            cu_seqlens=cu_seqlens,
+        )
+        first = jax.tree.leaves(x)[0]
+        axes = (*layout.batch_axes, layout.axis)
+        sizes = tuple(first.shape[a] for a in axes)
+
+        def output(name: str, path: Any, y: Any) -> jax.Array:
+            shape = jax.numpy.shape(y)
+            if len(shape) <= max(axes) or tuple(shape[a] for a in axes) != sizes:
+                call.fail(
+                    f"{name} returned {keystr(path) or 'an array'} of shape {shape}, "
+                    f"but every output must have sizes {sizes} at axes {axes}, as x "
+                    "has; return only the outputs, and for final states use "
+                    "bidirectional_scan."
+                )
+            return y
 
         def reverse(tree: Any) -> Any:
-            return jax.tree.map(
-                lambda leaf: reverse_sequence(
-                    leaf,
-                    segments.values,
-                    axis=segments.axis,
-                    batch_axis=segments.batch_axes,
-                    axis_name=axis_name,
-                ),
-                tree,
-            )
+            return jax.tree.map(lambda a: reverse_rows(call, a, segments, layout), tree)
 
-        return merge(forward(x), reverse(backward(reverse(x))))
-
-    return run
+        results = []
+        for name, layer, inputs in (
+            ("forward", self.forward, x),
+            ("backward", self.backward, reverse(x)),
+        ):
+            check = partial(output, name)
+            results.append(jax.tree_util.tree_map_with_path(check, layer(inputs)))
+        return self.merge(results[0], reverse(results[1]))

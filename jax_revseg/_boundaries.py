@@ -1,10 +1,11 @@
-"""The source index of any segmentation, from the bits that mark where segments start.
+"""The source index of any segmentation, from bits that mark the starts of segments.
 
-A position needs the last boundary at or before it and the first one after it. With 32
-positions to a word, both are arithmetic on the position's own word, or else the same
-for all positions of that word; and that is the same question again, asked of the words
-that are not empty. So the answer is a search tree of degree 32: no sequential step, no
-cost per segment, and nothing in it longer than 1/32 of the segment axis.
+Each position needs the last boundary at or before it and the first boundary after it.
+A word holds the bits of 32 positions. A position finds a boundary in its own word, or
+shares the answer with all positions of that word. For words the question is the same:
+which is the last non-empty word before, which the first after? The answer is a search
+tree of degree 32: no sequential step, no cost per segment, and no array longer than
+1/32 of the segment axis.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import jax.numpy as jnp
 from jax import lax
 
 _WORD = jnp.uint32  # Of bits, and of positions: the latter are exact modulo 2**32.
-_FEW = 32  # So many words are compared with each other: one more level costs more.
+_FEW = 32  # Up to here comparing all pairs of words costs less than another level.
 
 
 def _iota(shape, dimension: int) -> jax.Array:
@@ -39,7 +40,8 @@ def to_words(bits: jax.Array) -> jax.Array:
     return jnp.sum(bits << _iota(bits.shape, bits.ndim - 1), -1, dtype=_WORD)
 
 
-def _take(values: jax.Array, index: jax.Array) -> jax.Array:
+def take_last(values: jax.Array, index: jax.Array) -> jax.Array:
+    """Indexes the last axis of each row."""
     last = values.ndim - 1
     rows = tuple(range(last))
     numbers = lax.GatherDimensionNumbers(
@@ -54,12 +56,12 @@ def _take(values: jax.Array, index: jax.Array) -> jax.Array:
 
 
 def _running_max(values: jax.Array) -> jax.Array:
-    """By doubling: it takes a symbolic size and puts no custom call in an export."""
+    """Doubles the reach in each round: works for symbolic sizes, needs no custom call."""
     at = _iota(values.shape, values.ndim - 1)
 
     def step(i, values):
         step = _WORD(1) << i.astype(_WORD)
-        return jnp.maximum(values, _take(values, at - jnp.minimum(at, step)))
+        return jnp.maximum(values, take_last(values, at - jnp.minimum(at, step)))
 
     return lax.fori_loop(0, 27, step, values)  # 2**27 words mark 2**32 positions.
 
@@ -78,7 +80,7 @@ def _around_words(words: jax.Array) -> tuple[jax.Array, jax.Array]:
         return jnp.max(high, -1), jnp.min(low, -1)
     if isinstance(count, int):
         before, after = _around_bits(to_words(words != 0), inclusive=False)
-        return _take(high, before[..., :count]), _take(low, after[..., :count])
+        return take_last(high, before[..., :count]), take_last(low, after[..., :count])
     side = [(0, 0, 0)] * last
     before = jnp.where(words != 0, high, 0)
     before = _running_max(lax.pad(before, _WORD(0), [*side, (1, -1, 0)]))
@@ -91,7 +93,8 @@ def _around_bits(words: jax.Array, *, inclusive: bool) -> tuple[jax.Array, jax.A
     """For each position, the last set one before (or at) it and the first after it."""
     before, after = _around_words(words)
     if inclusive:
-        # Else a GPU would walk the whole tree for every element that it copies.
+        # Without the barrier XLA:GPU fuses the tree into the gather and recomputes it
+        # for every element.
         before, after = lax.optimization_barrier((before, after))
     shape = (*words.shape, 32)
     first, bit = _iota(shape, len(shape) - 2) * 32, _iota(shape, len(shape) - 1)

@@ -1,9 +1,8 @@
-"""What differs between JAX versions, and all that JAX gives no guarantee for.
+"""Differences between JAX versions, and everything that JAX does not guarantee.
 
-Every import from `jax.extend`, `jax.interpreters` and `jax._src` that the package makes
-stands here, and so does every branch on the version of JAX. Each branch names the first
-release that no longer needs it: when that release is the oldest one supported, the
-branch goes.
+All imports from `jax.interpreters`, `jax._src` and `jax.experimental.jet` stand here,
+and so do all branches on the version of JAX. Each branch names the first release that
+no longer needs the branch: delete the branch when that release is the oldest supported.
 """
 
 from __future__ import annotations
@@ -16,60 +15,73 @@ from jax._src import checkify, core
 from jax.experimental import jet
 from jax.interpreters import ad as ad, batching as batching, mlir as mlir
 from jax.interpreters.xla import apply_primitive as apply_primitive
-from jax.sharding import auto_axes, reshard as reshard
+from jax.sharding import NamedSharding, auto_axes, reshard
 
-# `jax.extend.core` has it as well, but from 0.10 on imports Pallas with it: that is
-# most of the time that importing this package would take.
+# `jax.extend.core` has Primitive too, but imports Pallas from JAX 0.10 on, which would
+# take most of the import time of this package.
 Primitive = core.Primitive
 
-JAX_VERSION = jax.__version_info__  # Numbers, also of a release candidate.
+JAX_VERSION = jax.__version_info__  # Numbers, also for a release candidate.
 
 
-def varying(aval: Any) -> frozenset[Any]:
-    """The manual mesh axes over which a value differs from device to device."""
-    # The older attribute still exists on newer releases, where it is always empty.
-    if JAX_VERSION >= (0, 10):  # From 0.10.0 on this is the only way.
+def varying(x: Any) -> frozenset[Any]:
+    """Returns the manual mesh axes over which an array or an aval varies."""
+    aval = x if isinstance(x, core.AbstractValue) else jax.typeof(x)
+    # From 0.10.0 on the older attribute is always empty.
+    if JAX_VERSION >= (0, 10):
         return frozenset(aval.mat.varying)
     return frozenset(aval.vma)
 
 
-def pvary(x: jax.Array, axes: frozenset[Any]) -> jax.Array:
-    """Marks `x` as varying over manual mesh axes; the transpose sums over them."""
+def vary_like(x: jax.Array, *others: jax.Array) -> jax.Array:
+    """Marks `x` as varying wherever `others` vary; the transpose sums over devices."""
+    axes = frozenset().union(*map(varying, others)) - varying(x)
     if not axes:
         return x
-    if hasattr(jax.lax, "pcast"):  # From 0.8.2 on this is the only way.
+    if hasattr(jax.lax, "pcast"):  # From 0.8.2 on.
         return jax.lax.pcast(x, tuple(axes), to="varying")
     return jax.lax.pvary(x, tuple(axes))  # pyright: ignore
 
 
 def struct_like(x: jax.Array) -> jax.ShapeDtypeStruct:
-    """The type of an output that varies over manual mesh axes as `x` does."""
+    """Returns the type of an output that varies over manual mesh axes as `x` does."""
     aval = jax.typeof(x)
-    if JAX_VERSION >= (0, 10):  # From 0.10.0 on this is the only way.
+    if JAX_VERSION >= (0, 10):  # From 0.10.0 on.
         varying: dict[str, Any] = dict(manual_axis_type=aval.mat)
     else:
         varying = dict(vma=aval.vma)
     return jax.ShapeDtypeStruct(x.shape, x.dtype, **varying)
 
 
-def staged(x: Any, segments: Any) -> bool:
-    """Whether a bind of these operands is traced rather than run at once."""
-    traced = isinstance(x, core.Tracer) or isinstance(segments, core.Tracer)
+def staged(x: Any, segments: Any, *_: Any) -> bool:
+    """Returns whether operations on these operands are traced, not run at once."""
+    tracer = core.Tracer
+    traced = isinstance(x, tracer) or isinstance(segments, tracer)
     return traced or not core.trace_ctx.is_top_level()
 
 
-def automatic(fun: Callable[..., Any], out: Any) -> Callable[..., Any]:
-    """Has the compiler choose the shardings inside `fun`, whose results get `out`."""
+def reshard_to(x: jax.Array, sharding: NamedSharding) -> jax.Array:
+    """Reshards `x` over the explicit axes of a mesh; leaves it alone if there are none.
+
+    JAX refuses to reshard without explicit axes: there the compiler chooses.
+    """
+    if not sharding.mesh.explicit_axes or jax.typeof(x).sharding == sharding:
+        return x
+    return reshard(x, sharding)
+
+
+def automatic(fun: Callable[..., Any], out: NamedSharding) -> Callable[..., Any]:
+    """Lets the compiler choose the shardings inside `fun`; its results get `out`."""
     explicit = out.mesh.explicit_axes
     return auto_axes(fun, axes=explicit, out_sharding=out) if explicit else fun
 
 
-def is_local(ctx: Any) -> bool:
-    """Whether what is lowered is one device's own program, with nothing to split."""
+def unpartitioned(ctx: Any) -> bool:
+    """Returns whether the lowered program runs on one device, without partitioning."""
     context = ctx.module_context.axis_context
     if isinstance(context, mlir.SPMDAxisContext):  # Inside shard_map, perhaps partly.
         return context.manual_axes >= frozenset(context.mesh.axis_names)
-    return getattr(context, "num_devices", 1) == 1  # That of pmap has no such field.
+    return getattr(context, "num_devices", 1) == 1  # pmap's context has no such field.
 
 
 def register_jet_rule(primitive: Primitive, rule: Callable[..., Any]) -> None:
@@ -80,16 +92,15 @@ def register_jet_rule(primitive: Primitive, rule: Callable[..., Any]) -> None:
 def register_checkify_rule(
     primitive: Primitive, check: Callable[..., tuple[jax.Array, str, dict[str, Any]]]
 ) -> None:
-    """Has `checkify` raise where `check(*operands, **params)` finds a bad value.
+    """Makes `checkify` raise where `check(*operands, **params)` finds a bad value.
 
     `check` returns a scalar predicate that is true where the check fails, a format
-    string, and the scalars that the string names. A rule costs nothing where nobody
-    uses checkify; `checkify.check` in the public function would make every other
-    transformation fail, and `checkify.debug_check` slows each call down.
+    string, and the scalars that the string names. The rule costs nothing without
+    checkify; `checkify.check` in the public function would break other transformations.
     """
 
     def rule(*args: Any, **params: Any) -> tuple[Any, jax.Array]:
-        # From 0.11.1 on a context comes first and `assert_func` wants it back.
+        # From 0.11.1 on a context comes first, and `assert_func` takes it too.
         *context, error, enabled, x, segments = args
         out = primitive.bind(x, segments, **params)
         if checkify.FailedCheckError in enabled:

@@ -11,7 +11,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from jax_revseg._boundaries import reverse_between, to_words
+from jax_revseg._boundaries import reverse_between, take_last, to_words
+from jax_revseg._layout import Layout
 
 
 def position_dtype(size: int) -> np.dtype:
@@ -20,28 +21,22 @@ def position_dtype(size: int) -> np.dtype:
     return np.dtype(np.uint32 if wide else np.int32)
 
 
-def widen(lengths: jax.Array, size: int) -> jax.Array:
-    """Lengths in the dtype of positions, or the limit of it that they pass."""
+def saturate(lengths: jax.Array, size: int) -> jax.Array:
+    """Casts lengths to the position dtype, at most `size`; negative ones may remain."""
     dtype = position_dtype(size)
     own, to = jnp.iinfo(lengths.dtype), jnp.iinfo(dtype)
     if own.min < to.min:
         lengths = jnp.maximum(lengths, jnp.asarray(to.min, lengths.dtype))
     if own.max > to.max:
         lengths = jnp.minimum(lengths, jnp.asarray(to.max, lengths.dtype))
-    return lengths.astype(dtype)
-
-
-def cut_lengths(lengths: jax.Array, size: int) -> jax.Array:
-    """Lengths of at most `size`, negative ones too, in the dtype of positions."""
-    lengths = widen(lengths, size)
-    # A Python integer past 2**31 is refused as an operand.
-    limit = np.asarray(size, lengths.dtype) if isinstance(size, int) else size
-    return jnp.minimum(lengths, limit)
+    # JAX refuses a Python integer past 2**31 as an operand.
+    limit = np.asarray(size, dtype) if isinstance(size, int) else size
+    return jnp.minimum(lengths.astype(dtype), limit)
 
 
 def clip_lengths(lengths: jax.Array, size: int) -> jax.Array:
-    """Lengths in `[0, size]`, in the dtype of positions."""
-    return jnp.maximum(cut_lengths(lengths, size), 0)
+    """Clips lengths to `[0, size]`, in the dtype of positions."""
+    return jnp.maximum(saturate(lengths, size), 0)
 
 
 def packed_sums(lengths: jax.Array, size: int) -> jax.Array:
@@ -64,11 +59,35 @@ def packed_ends(lengths: jax.Array, size: int) -> jax.Array:
     return ends.astype(position_dtype(size))
 
 
+def starts_of(ends: jax.Array) -> jax.Array:
+    """The start of each packed segment: the end of the segment before."""
+    side = [(0, 0, 0)] * (ends.ndim - 1)
+    return lax.pad(ends, jnp.zeros((), ends.dtype), [*side, (1, -1, 0)])
+
+
+def segment_numbers(ends: jax.Array, size: int) -> jax.Array:
+    """For each position the number of segments that end at or before it.
+
+    A binary search, because `jnp.searchsorted` refuses a symbolic K.
+    """
+    count = ends.shape[-1]
+    rounds = count.bit_length() if isinstance(count, int) else 31
+    t = lax.broadcasted_iota(ends.dtype, (*ends.shape[:-1], size), ends.ndim - 1)
+
+    def search(i, found):
+        step = jnp.left_shift(jnp.int32(1), rounds - 1 - i.astype(jnp.int32))
+        # Compared this way round the sum cannot wrap.
+        fits = step <= count - found
+        end = take_last(ends, jnp.where(fits, found + step - 1, 0))
+        return jnp.where(fits & (end <= t), found + step, found)
+
+    return lax.fori_loop(0, rounds, search, jnp.zeros_like(t, jnp.int32))
+
+
 def _padded_index(lengths, size):
-    # Time-major this is computed for every row of every step, beside which a few
-    # features are little to move: no position is before a negative end, and an index
-    # without a sign need not be compared with 0 by the gather.
-    end = cut_lengths(lengths, size)[..., None]
+    # Negative lengths need no clamp here; an unsigned index spares the gather its sign
+    # test.
+    end = saturate(lengths, size)[..., None]
     t = lax.broadcasted_iota(end.dtype, (*lengths.shape, size), lengths.ndim)
     return jnp.where(t < end, end - 1 - t, t).astype(jnp.uint32)
 
@@ -77,8 +96,8 @@ def _packed_index(lengths, size):
     last = lengths.ndim - 1
     rows = tuple(range(last))
     ends = packed_ends(lengths, size).astype(jnp.uint32)
-    starts = lax.pad(ends, jnp.uint32(0), [(0, 0, 0)] * last + [(1, -1, 0)])
-    # The starts of segments that are not empty differ, so that adding sets their bits.
+    starts = starts_of(ends)
+    # Non-empty segments have different starts, so addition sets their bits.
     words = lax.scatter_add(
         jnp.zeros_like(ends, shape=(*lengths.shape[:-1], size // 32 + 1)),
         starts[..., None] >> 5,
@@ -92,7 +111,7 @@ def _packed_index(lengths, size):
         ),
         mode="promise_in_bounds",
     )
-    # Each position of the tail is a segment of its own, and so is the end of the axis.
+    # Each position of the tail is its own segment, and so is the end of the axis.
     first = 32 * lax.broadcasted_iota(jnp.uint32, words.shape, last)
     valid = jnp.maximum(ends[..., -1:], first) - first
     words |= jnp.where(valid < 32, ~jnp.uint32(0) << (valid & 31), 0)
@@ -107,48 +126,48 @@ def _ids_index(ids, size, padding_id):
     after = lax.pad(ids, zero, [*side, (0, 1, 0)])
     t = lax.broadcasted_iota(jnp.uint32, before.shape, last)
     starts = (before != after) | (t == 0) | (t == jnp.asarray(size, jnp.uint32))
-    if padding_id is not None:  # Each position of padding is a segment of its own.
+    if padding_id is not None:  # Each position of padding is its own segment.
         starts |= after == jnp.asarray(padding_id, ids.dtype)
     return reverse_between(to_words(starts), size)
 
 
-def source_index(segments: jax.Array, size: int, layout: str, padding_id: int | None):
-    """For each row and position, the position that it reads: `(*batch, size)`."""
-    if layout == "padded":
+def source_index(segments: jax.Array, size: int, layout: Layout) -> jax.Array:
+    """For each row and position, the position to read: `(*batch, size)`."""
+    if layout.kind == "padded":
         return _padded_index(segments, size)
-    if layout == "packed":
+    if layout.kind == "packed":
         return _packed_index(segments, size)
-    return _ids_index(segments, size, padding_id)
+    return _ids_index(segments, size, layout.padding_id)
 
 
-def padding_mask(
-    segments: jax.Array, size: int, layout: str, padding_id: int | None
-) -> jax.Array:
+def padding_mask(segments: jax.Array, size: int, layout: Layout) -> jax.Array:
     """Whether each position is outside all segments: `(*batch, size)`."""
-    if layout == "ids":
-        return segments == jnp.asarray(padding_id, segments.dtype)
-    if layout == "padded":
-        end = clip_lengths(segments, size)[..., None]
+    if layout.kind == "ids":
+        if layout.padding_id is None:
+            return jnp.zeros_like(segments, bool)
+        return segments == jnp.asarray(layout.padding_id, segments.dtype)
+    if layout.kind == "padded":
+        end = clip_lengths(segments, size)
     else:
-        side = [(0, 0, 0)] * (segments.ndim - 1)
-        end = packed_ends(segments, size)
-        end = lax.pad(end, jnp.zeros((), end.dtype), [*side, (1, 0, 0)])[..., -1:]
-    return lax.broadcasted_iota(end.dtype, (*end.shape[:-1], size), end.ndim - 1) >= end
+        end = jnp.max(packed_ends(segments, size), -1, initial=0)  # K may be 0.
+    t = lax.broadcasted_iota(end.dtype, (*end.shape, size), end.ndim)
+    return t >= end[..., None]
 
 
-def align(
-    values: jax.Array, ndim: int, axis: int, batch_axes: tuple[int, ...]
-) -> jax.Array:
-    """Brings `(*batch, size)` into the order of the axes of an `x` of rank `ndim`."""
-    axes = (*batch_axes, axis)
+def align(values: jax.Array, ndim: int, layout: Layout) -> jax.Array:
+    """Brings `(*batch, size)` into the axis order of an `x` of rank `ndim`."""
+    axes = (*layout.batch_axes, layout.axis)
     order = sorted(range(len(axes)), key=axes.__getitem__)
     others = [a for a in range(ndim) if a not in axes]
     return lax.expand_dims(lax.transpose(values, order), others)
 
 
-def _as_integers(x: jax.Array) -> jax.Array:
-    # XLA may handle small floats in a wider format, which changes the payload of NaNs.
-    # Those of 4 bits have none, and XLA:CPU cannot compile their bitcast in some loops.
+def to_bits(x: jax.Array) -> jax.Array:
+    """Bitcasts small floats to integers.
+
+    XLA may handle small floats in a wider format, which changes NaN payloads. Floats of
+    4 bits have no NaN, and XLA:CPU cannot compile their bitcast in some loops.
+    """
     if jnp.issubdtype(x.dtype, jnp.floating):
         bits = jnp.finfo(x.dtype).bits
         if 8 <= bits <= 16:
@@ -177,23 +196,23 @@ def _gather(x, index, axis, rows, window):
     )
 
 
-def _reverse_rows(x, segments, axis, batch_axes, layout, padding_id):
-    """Indices for the batch axes and the segment axis, everything else in one piece."""
-    index = source_index(segments, x.shape[axis], layout, padding_id)
-    index = align(index, x.ndim, axis, batch_axes)
+def _reverse_rows(x, segments, layout):
+    """Indexes the batch axes and the segment axis; features move in one piece."""
+    axis, batch_axes = layout.axis, layout.batch_axes
+    index = align(source_index(segments, x.shape[axis], layout), x.ndim, layout)
     indexed = sorted((*batch_axes, axis))
     index = index.reshape(*(x.shape[a] for a in indexed), 1)
     return _gather(x, index, axis, sorted(batch_axes), window=False)
 
 
-def _reverse_windows(x, lengths, axis, batch_axes):
-    """The same for one segment a row, by one index a row instead of one a position.
+def _reverse_windows(x, lengths, layout):
+    """Gathers one window a row, where the row gather reads single elements.
 
     Padded by its own size on the left, a row's first `length` positions are the end of
     the window that starts at `length`; reversed, the window starts with them. Nothing
-    of this is written to memory, and a CPU reads windows as vectors, where it reads
-    indexed single elements one by one.
+    of this is written to memory, and a CPU reads windows as vectors.
     """
+    axis, batch_axes = layout.axis, layout.batch_axes
     size = x.shape[axis]
     order = sorted(range(lengths.ndim), key=batch_axes.__getitem__)
     starts = lax.transpose(clip_lengths(lengths, size), order)[..., None]
@@ -204,15 +223,14 @@ def _reverse_windows(x, lengths, axis, batch_axes):
         values = _gather(values, starts + extra, axis, sorted(batch_axes), window=True)
         return lax.rev(values, (axis,))
 
-    # The mask goes through a window too, so that its comparison is much the same. With
-    # the very same window it is the same, and small elements gain by that; but then a
-    # CPU writes the index, which both share, to memory.
+    # Window the mask too, so that XLA vectorises the select. Wide elements shift it by
+    # one step: a shared index would be written to memory.
     apart = int(x.dtype.itemsize >= 4)
     return lax.select(window(jnp.ones_like(x, dtype=bool), apart), window(x, 0), x)
 
 
 def _single_elements(x: jax.Array, axis: int) -> bool:
-    """Whether neighbours on `axis` are neighbours in memory, for `_reverse_windows`."""
+    """Whether neighbours on `axis` are neighbours in memory."""
     # Keys cannot be padded, and a window needs twice the positions.
     size = x.shape[axis]
     return (
@@ -224,22 +242,15 @@ def _single_elements(x: jax.Array, axis: int) -> bool:
 
 
 def reverse_gather(
-    x: jax.Array,
-    segments: jax.Array,
-    *,
-    axis: int,
-    batch_axes: tuple[int, ...],
-    layout: str,
-    padding_id: int | None = None,
-    windows: bool = False,
+    x: jax.Array, segments: jax.Array, *, layout: Layout, windows: bool = False
 ) -> jax.Array:
-    """Gathers `x` along `axis`; with `windows`, single elements in padded rows too."""
+    """Reverses segments by one gather; `windows` allows windows for single elements."""
     # A gather cannot have an empty axis before JAX 0.8.
-    if 0 in x.shape or (layout == "packed" and segments.shape[-1] == 0):
+    if 0 in x.shape or (layout.kind == "packed" and segments.shape[-1] == 0):
         return x
-    bits = _as_integers(x)
-    if windows and layout == "padded" and _single_elements(x, axis):
-        out = _reverse_windows(bits, segments, axis, batch_axes)
+    bits = to_bits(x)
+    if windows and layout.kind == "padded" and _single_elements(x, layout.axis):
+        out = _reverse_windows(bits, segments, layout)
     else:
-        out = _reverse_rows(bits, segments, axis, batch_axes, layout, padding_id)
+        out = _reverse_rows(bits, segments, layout)
     return out if bits is x else lax.bitcast_convert_type(out, x.dtype)

@@ -1,0 +1,360 @@
+"""Scans along the segment axis of ragged rows, which restart at every segment."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.tree_util import keystr, tree_map_with_path
+
+from jax_revseg._arguments import Call, Integers
+from jax_revseg._layout import Layout
+from jax_revseg._linear import compiled
+from jax_revseg._lowering import align
+from jax_revseg._recurrence import (
+    Rows,
+    alike,
+    carry_arrays,
+    check_unroll,
+    checked,
+    fill_padding,
+    leaf_array,
+    loop,
+    parse_rows,
+)
+
+
+def scan_segments(
+    f: Callable[[Any, Any], tuple[Any, Any]],
+    init: Any,
+    xs: Any,
+    lengths: Integers | None = None,
+    *,
+    segment_ids: Integers | None = None,
+    cu_seqlens: Integers | None = None,
+    mask: Any = None,
+    padding_id: int | None = None,
+    reverse: bool = False,
+    axis: int | None = None,
+    unroll: int | bool = 1,
+) -> tuple[Any, Any]:
+    """Scans ragged rows: `jax.lax.scan` that skips padding and restarts at segments.
+
+    All rows advance together, one step of the segment axis at a time. The carry starts
+    from `init` at every segment. Padding, even NaN, never affects outputs or gradients:
+    at padding, `f` gets `init` and the first valid step of the row, and its result is
+    discarded.
+
+    Python and NumPy encodings are checked at the call. In JAX arrays lengths are
+    clipped, as in `reverse_sequence`; under `jax.experimental.checkify` they raise.
+
+    Args:
+        f: `f(carry, x) -> (carry, y)`: one step of all rows. `carry`, `x` and `y` are
+            pytrees of arrays whose first axes are the batch axes. The results of a row
+            must depend on that row alone.
+        init: The carry at the start of each segment: a pytree of arrays of any dtype
+            whose first axes are the batch axes.
+        xs: Array or pytree of arrays of any dtype, `(*batch, T, ...)` by default.
+        lengths: Integers of shape `batch`: one segment a row, from position 0. Exactly
+            one of `lengths`, `segment_ids`, `cu_seqlens` and `mask` is given.
+        segment_ids: Integers of shape `(*batch, T)`: every maximal run of equal ids is
+            a segment.
+        cu_seqlens: Integers of shape `(*batch, K + 1)`: cumulative offsets from 0.
+        mask: Booleans of shape `(*batch, T)`: one segment a row, which may have holes.
+            A masked step holds the carry and gives a zero `y`, as in Keras.
+        padding_id: The id in `segment_ids` whose runs are padding. By default no id is.
+        reverse: Scans each segment from its last step to its first. No data is
+            reversed: `ys` stays in the order of `xs`.
+        axis: The segment axis of each array in `xs`. The default is the axis right
+            after the batch axes; 0 is time-major. The batch axes are the first others.
+        unroll: Steps in one iteration of the loop, as for `jax.lax.scan`.
+
+    Returns:
+        `(carry, ys)`. `carry` is the carry after the last valid step of each row, in
+        the direction of the scan; with several segments, of the last segment that is
+        not empty. A row without a valid step returns its `init`. `ys` has the segment
+        axis where `xs` has it, and is zero at padding.
+
+    Raises:
+        TypeError: An array is no array, `f` does not return a pair, or its carry differs
+            from `init` in structure, shape or dtype.
+        ValueError: Not exactly one encoding is given, or shapes or host values do not
+            fit, as in `reverse_segments`.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> from jax_revseg import scan_segments
+        >>> def add(carry, x):
+        ...     return carry + x, carry + x
+        >>> xs = jnp.array([[1, 2, 3, 9], [4, 5, 9, 9]])
+        >>> scan_segments(add, jnp.zeros(2, int), xs, jnp.array([3, 2]))
+        (Array([6, 9], dtype=int32), Array([[1, 3, 6, 0],
+               [4, 9, 0, 0]], dtype=int32))
+        >>> episodes = jnp.array([[0, 0, 1, 1], [0, 1, 1, 1]])
+        >>> scan_segments(add, jnp.zeros(2, int), xs, segment_ids=episodes)[1]
+        Array([[ 1,  3,  3, 12],
+               [ 4,  5, 14, 23]], dtype=int32)
+
+    Source: `jax.lax.scan`; masks as in `tf.keras.layers.RNN`.
+    """
+    call = Call("scan_segments")
+    check_unroll(call, unroll)
+    encodings = dict(lengths=lengths, segment_ids=segment_ids)
+    encodings.update(cu_seqlens=cu_seqlens, mask=mask)
+    rows = parse_rows(call, "xs", xs, axis, padding_id=padding_id, **encodings)
+    inputs = (carry_arrays(call, "init", init, rows.batch), *_inputs(rows, reverse))
+    init, *inputs = _alike(call, rows, *inputs)
+    step = checked(call, f, rows.batch)
+    carry, ys = loop(step, unroll, reverse, init, *inputs)
+    return carry, _restore_axis(call, ys, rows.layout.axis)
+
+
+def bidirectional_scan(
+    f: Callable[[Any, Any, Any], tuple[Any, Any]],
+    params: Sequence[Any],
+    init: Sequence[Any],
+    xs: Any,
+    lengths: Integers | None = None,
+    *,
+    segment_ids: Integers | None = None,
+    cu_seqlens: Integers | None = None,
+    mask: Any = None,
+    padding_id: int | None = None,
+    axis: int | None = None,
+    unroll: int | bool = 1,
+) -> tuple[tuple[Any, Any], tuple[Any, Any]]:
+    """Scans ragged rows in both directions at once, in one loop.
+
+    Equal to two `scan_segments`, the second with `reverse=True`, each with its own
+    parameters. Padding, even NaN, never affects outputs or gradients.
+
+    Args:
+        f: `f(params, carry, x) -> (carry, y)`: one step of all rows in one direction,
+            as for `scan_segments`. It is mapped over the directions by `jax.vmap`.
+        params: The pair (forward, backward): pytrees of arrays of the same structure,
+            shapes and dtypes.
+        init: The pair (forward, backward) of carries, each as for `scan_segments`.
+        xs: Array or pytree of arrays of any dtype, `(*batch, T, ...)` by default.
+        lengths: As for `scan_segments`, like the arguments after it.
+        segment_ids: Integers of shape `(*batch, T)`.
+        cu_seqlens: Integers of shape `(*batch, K + 1)`.
+        mask: Booleans of shape `(*batch, T)`.
+        padding_id: The id in `segment_ids` whose runs are padding.
+        axis: The segment axis of each array in `xs`.
+        unroll: Steps in one iteration of the loop.
+
+    Returns:
+        `((carry_forward, carry_backward), (ys_forward, ys_backward))`. The forward
+        carry is the state after the last valid step of each row, the backward carry the
+        state after its first. Both `ys` are in the order of `xs` and zero at padding.
+
+    Raises:
+        TypeError: `params` or `init` is no pair, or as `scan_segments`.
+        ValueError: The members of a pair differ in structure, shape or dtype, or as
+            `scan_segments`.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> from jax_revseg import bidirectional_scan
+        >>> def total(scale, carry, x):
+        ...     carry = carry + scale * x
+        ...     return carry, carry
+        >>> xs = jnp.array([[1, 2, 3, 9], [4, 5, 9, 9]])
+        >>> zeros = jnp.zeros(2, int)
+        >>> carries, (forward, backward) = bidirectional_scan(
+        ...     total, (1, 10), (zeros, zeros), xs, jnp.array([3, 2])
+        ... )
+        >>> forward
+        Array([[1, 3, 6, 0],
+               [4, 9, 0, 0]], dtype=int32)
+        >>> backward
+        Array([[60, 50, 30,  0],
+               [90, 50,  0,  0]], dtype=int32)
+        >>> carries
+        (Array([6, 9], dtype=int32), Array([60, 90], dtype=int32))
+
+    Source: M. Schuster, K. K. Paliwal, "Bidirectional recurrent neural networks", IEEE
+    Transactions on Signal Processing 45 (1997).
+    """
+    call = Call("bidirectional_scan")
+    check_unroll(call, unroll)
+    encodings = dict(lengths=lengths, segment_ids=segment_ids)
+    encodings.update(cu_seqlens=cu_seqlens, mask=mask)
+    rows = parse_rows(call, "xs", xs, axis, padding_id=padding_id, **encodings)
+    params, inits = _pair(call, "params", params), _pair(call, "init", init)
+    inits = [carry_arrays(call, f"init[{i}]", inits[i], rows.batch) for i in (0, 1)]
+    # From the end to the start, so that one loop can step through both directions.
+    ways = [_inputs(rows, False), jax.tree.map(_flip, _inputs(rows, True))]
+    ways = [_alike(call, rows, init, *way) for init, way in zip(inits, ways)]
+    stacked = [_stack(call, "params", params)]
+    stacked += [_stack(call, "init", [way[0] for way in ways])]
+    stacked += jax.tree.map(lambda a, b: jnp.stack([a, b], 1), *(w[1:] for w in ways))
+
+    def one_way(params: Any, init: Any, xs: Any, *masks: Any) -> Any:
+        step = checked(call, partial(f, params), rows.batch)
+        return loop(step, unroll, False, init, xs, *masks)
+
+    # vmap turns a loop over one direction into one loop over both.
+    carries, ys = jax.vmap(one_way, (0, 0, 1, 1, 1), (0, 1))(*stacked)
+    outputs = [jax.tree.map(lambda y, i=i: y[:, i], ys) for i in (0, 1)]
+    outputs[1] = jax.tree.map(_flip, outputs[1])
+    outputs = [_restore_axis(call, ys, rows.layout.axis) for ys in outputs]
+    carry = [jax.tree.map(lambda leaf, i=i: leaf[i], carries) for i in (0, 1)]
+    return (carry[0], carry[1]), (outputs[0], outputs[1])
+
+
+def associative_scan_segments(
+    fn: Callable[[Any, Any], Any],
+    elems: Any,
+    lengths: Integers | None = None,
+    *,
+    segment_ids: Integers | None = None,
+    cu_seqlens: Integers | None = None,
+    padding_id: int | None = None,
+    reverse: bool = False,
+    axis: int | None = None,
+) -> Any:
+    """Combines the steps of each segment in parallel: `jax.lax.associative_scan`.
+
+    Step `t` of the result combines the steps of its segment from the start to `t`, in
+    O(log T) parallel rounds. At padding the result is finite where `elems` are, but
+    otherwise unspecified: mask it. Padding, even NaN, never affects other outputs or
+    gradients.
+
+    Args:
+        fn: Associative function `fn(a, b)` of two pytrees like `elems`, where `a` comes
+            first in the direction of the scan. It must work elementwise along the batch
+            axes and the segment axis, as for `jax.lax.associative_scan`.
+        elems: Array or pytree of arrays, `(*batch, T, ...)` by default.
+        lengths: Integers of shape `batch`: one segment a row, from position 0. Exactly
+            one of `lengths`, `segment_ids` and `cu_seqlens` is given.
+        segment_ids: Integers of shape `(*batch, T)`: every maximal run of equal ids is
+            a segment.
+        cu_seqlens: Integers of shape `(*batch, K + 1)`: cumulative offsets from 0.
+        padding_id: The id in `segment_ids` whose runs are padding. By default no id is.
+        reverse: Combines from the end of each segment to `t`.
+        axis: The segment axis of each array. The default is the axis right after the
+            batch axes.
+
+    Returns:
+        Pytree of the structure, shapes and dtypes of `elems`.
+
+    Raises:
+        TypeError: A leaf of `elems` is no array, or the result of `fn` differs from
+            `elems` in structure, shape or dtype.
+        ValueError: Not exactly one encoding is given, or shapes or host values do not
+            fit, as in `reverse_segments`.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> from jax_revseg import associative_scan_segments
+        >>> xs = jnp.array([1, 2, 3, 4, 5])
+        >>> episodes = jnp.array([0, 0, 1, 1, 1])
+        >>> associative_scan_segments(jnp.add, xs, segment_ids=episodes)
+        Array([ 1,  3,  3,  7, 12], dtype=int32)
+        >>> associative_scan_segments(jnp.add, xs, segment_ids=episodes, reverse=True)
+        Array([ 3,  2, 12,  9,  5], dtype=int32)
+
+    Source: G. E. Blelloch, "Prefix sums and their applications" (1990), section 1.5,
+    segmented scans.
+    """
+    call = Call("associative_scan_segments")
+    encodings = dict(lengths=lengths, segment_ids=segment_ids, cu_seqlens=cu_seqlens)
+    rows = parse_rows(call, "elems", elems, axis, padding_id=padding_id, **encodings)
+    layout = rows.layout
+    fill = compiled(fill_padding, reverse, layout)
+    filled = jax.tree.map(lambda x: fill(x, rows.valid), rows.xs)
+    rank = max(layout.axis, *layout.batch_axes, 0) + 1
+    starts = align(compiled(jnp.logical_not)(rows.goes_on(reverse)), rank, layout)
+    combine = partial(_combine, call, fn)
+    starts = (starts, filled)
+    return lax.associative_scan(combine, starts, reverse=reverse, axis=layout.axis)[1]
+
+
+def _combine(call: Call, fn: Any, a: Any, b: Any) -> Any:
+    (starts_a, a), (starts_b, b) = a, b
+
+    def keep_b(b: jax.Array, other: jax.Array) -> jax.Array:
+        return jnp.where(lax.expand_dims(starts_b, range(starts_b.ndim, b.ndim)), b, other)
+
+    # fn gets b twice where a belongs to another segment: an infinity in a would
+    # otherwise give NaN gradients, although the result is discarded.
+    out = fn(jax.tree.map(keep_b, b, a), b)
+    describe = partial(jax.tree.map, lambda x: f"{jnp.result_type(x)}{jnp.shape(x)}")
+    if jax.tree.flatten(describe(out)) != jax.tree.flatten(describe(b)):
+        call.fail(
+            f"fn was given {describe(b)}, but returned {describe(out)}; it must return "
+            "the structure, shapes and dtypes of elems.",
+            TypeError,
+        )
+    return starts_a | starts_b, jax.tree.map(keep_b, b, out)
+
+
+def _inputs(rows: Rows, reverse: bool) -> tuple[Any, jax.Array, jax.Array]:
+    """Time-major arrays without padding, and the two masks."""
+    batch = tuple(range(1, len(rows.batch) + 1))
+    layout = Layout("mask", 0, batch)
+    xs = jax.tree.map(lambda x: jnp.moveaxis(x, rows.layout.axis, 0), rows.xs)
+    fill = compiled(fill_padding, reverse, layout)
+    xs = jax.tree.map(lambda x: fill(x, rows.valid), xs)
+    masks = (rows.valid, rows.goes_on(reverse))
+    return (xs, *(jnp.moveaxis(mask, -1, 0) for mask in masks))
+
+
+def _alike(call: Call, rows: Rows, init: Any, *time_major: Any) -> list[Any]:
+    axes = range(len(rows.batch))
+    return alike(call, (init, axes), *((x, [a + 1 for a in axes]) for x in time_major))
+
+
+def _flip(x: jax.Array) -> jax.Array:
+    return jnp.flip(x, 0)
+
+
+def _restore_axis(call: Call, ys: Any, axis: int) -> Any:
+    def leaf(path: Any, y: jax.Array) -> jax.Array:
+        if axis >= y.ndim:
+            call.fail(
+                f"the segment axis of xs is {axis}, but y{keystr(path)} of f has shape "
+                f"{y.shape[1:]}, too few axes to put it there; move the segment axis of "
+                "xs right after the batch axes."
+            )
+        return jnp.moveaxis(y, 0, axis)
+
+    return tree_map_with_path(leaf, ys)
+
+
+def _pair(call: Call, name: str, pair: Any) -> tuple[Any, Any]:
+    if not isinstance(pair, (tuple, list)) or len(pair) != 2:
+        size = f" of {len(pair)}" if isinstance(pair, (tuple, list)) else ""
+        call.fail(
+            f"{name} must be a pair (forward, backward), but is a "
+            f"{type(pair).__name__}{size}.",
+            TypeError,
+        )
+    return pair[0], pair[1]
+
+
+def _stack(call: Call, name: str, pair: Any) -> Any:
+    """One tree of both directions, with an axis of 2 in front."""
+    forward, backward = map(jax.tree.structure, pair)
+    if forward != backward:
+        call.fail(
+            f"{name} has the structure {forward} forward and {backward} backward; one "
+            "loop needs them equal: use scan_segments twice for two models that differ."
+        )
+
+    def leaf(path: Any, a: Any, b: Any) -> jax.Array:
+        at = f"{name}{keystr(path)}"
+        a, b = leaf_array(call, at, a), leaf_array(call, at, b)
+        if (a.shape, a.dtype) != (b.shape, b.dtype):
+            call.fail(
+                f"{at} is {a.dtype}{a.shape} forward and {b.dtype}{b.shape} backward; "
+                "one loop needs them equal: use scan_segments twice for two models."
+            )
+        return jnp.stack([a, b])
+
+    return tree_map_with_path(leaf, *pair)

@@ -1,0 +1,107 @@
+"""A sharded segment axis: exchange blocks for whole rows, and back.
+
+A reversal needs whole rows, but each device holds a block of every row. One
+`all_to_all` gives each device all of some rows or features, the reversal is local, and
+a second `all_to_all` restores the blocks. On two devices, x with rows a to d:
+
+    device 0: a0 b0 c0 d0     device 0: a0 a1 b0 b1     device 0: A0 B0 C0 D0
+    device 1: a1 b1 c1 d1 --> device 1: c0 c1 d0 d1 --> device 1: A1 B1 C1 D1
+
+A device sends all but its own share of its block, twice, and never holds more than a
+few times its block. The transpose of an `all_to_all` is an `all_to_all`: the gradient
+makes the same exchange.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from fractions import Fraction
+from typing import Any, NamedTuple
+
+import jax
+from jax import lax
+
+from jax_revseg import _compat
+from jax_revseg._arguments import Call
+from jax_revseg._layout import Layout
+
+
+class Rows(NamedTuple):
+    """Whole rows of some batch entries or features, and the way back to blocks."""
+
+    x: jax.Array
+    segments: Any
+    restore: Callable[[jax.Array], jax.Array]
+
+
+def _unchanged(out: jax.Array) -> jax.Array:
+    return out
+
+
+def whole_rows(call: Call, x: jax.Array, segments: Any, layout: Layout) -> Rows:
+    """Exchanges one block of the segment axis for whole rows; ids are blocks too."""
+    if call.axis_name is None or 0 in x.shape:
+        return Rows(x, segments, _unchanged)
+    _check_replicated(call, segments, layout)
+    if x.ndim == 1:
+        rows = whole_rows(call, x[:, None], segments, layout)
+        return Rows(rows.x, rows.segments, lambda out: rows.restore(out)[:, 0])
+    name, devices, axis = call.axis_name, call.devices, layout.axis
+    cut = _exchange_axis(x.shape, layout, devices)
+
+    def restore(out: jax.Array) -> jax.Array:
+        out = lax.all_to_all(out, name, axis, cut, tiled=True)
+        return lax.slice_in_dim(out, 0, x.shape[cut], axis=cut)
+
+    return Rows(
+        lax.all_to_all(_pad(x, cut, devices), name, cut, axis, tiled=True),
+        _segments_of_rows(segments, layout, cut, name, devices),
+        restore,
+    )
+
+
+def _check_replicated(call: Call, segments: Any, layout: Layout) -> None:
+    names = call.axis_name if isinstance(call.axis_name, tuple) else (call.axis_name,)
+    differ = set(names) & _compat.varying(segments) if layout.kind != "ids" else ()
+    if differ:
+        call.fail(
+            f"the lengths vary over mesh axis {sorted(differ)}, but axis_name is "
+            f"{call.axis_name!r}: every device needs the lengths of the whole rows; "
+            "pass them into shard_map with in_specs that leave that axis out."
+        )
+
+
+def _exchange_axis(shape: tuple[int, ...], layout: Layout, devices: int) -> int:
+    """Returns the axis to cut in place of the segment axis: the one padded least."""
+
+    def cost(a: int) -> tuple[Fraction, bool]:
+        padded = -(-shape[a] // devices) * devices
+        # Prefer a feature axis; with ids prefer a batch axis, which avoids an
+        # all_gather of the ids.
+        is_batch = a in layout.batch_axes
+        return Fraction(padded, shape[a]), is_batch != (layout.kind == "ids")
+
+    return min((a for a in range(len(shape)) if a != layout.axis), key=cost)
+
+
+def _segments_of_rows(
+    segments: Any, layout: Layout, cut: int, name: Any, devices: int
+) -> Any:
+    """Returns the lengths or ids of the rows that this device gets."""
+    last = segments.ndim - 1
+    if cut not in layout.batch_axes:
+        if layout.kind == "ids":
+            return lax.all_gather(segments, name, axis=last, tiled=True)
+        return segments
+    row = layout.batch_axes.index(cut)
+    segments = _pad(segments, row, devices)
+    if layout.kind == "ids":
+        return lax.all_to_all(segments, name, row, last, tiled=True)
+    rows = segments.shape[row] // devices
+    return lax.dynamic_slice_in_dim(segments, lax.axis_index(name) * rows, rows, row)
+
+
+def _pad(x: Any, axis: int, multiple: int) -> jax.Array:
+    missing = -x.shape[axis] % multiple
+    shape = (*x.shape[:axis], missing, *x.shape[axis + 1 :])
+    return lax.concatenate([x, lax.full_like(x, 0, shape=shape)], axis)
