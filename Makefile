@@ -88,13 +88,16 @@ fuzz: .venvs/test/.stamp ## random stacks of transformations, for long
 
 # ---- everything else
 
-.PHONY: demo examples bench lint format types docs wheel clean
+.PHONY: demo examples pictures bench lint format types docs wheel clean
 demo: .venvs/examples/.stamp ## train a bidirectional GRU on real ragged speech
 	.venvs/examples/bin/python examples/japanese_vowels.py $(ARGS)
 
 examples: .venvs/examples/.stamp ## each example, in its quick mode
 	set -e; for example in examples/[!_]*.py; do \
 	  echo "$$example"; .venvs/examples/bin/python $$example --quick; done
+
+pictures: .venvs/test/.stamp ## draw the pictures in docs/images again
+	.venvs/test/bin/python docs/pictures.py
 
 bench: .venvs/peers/.stamp ## times beside a copy and beside other frameworks
 	.venvs/peers/bin/python -m benchmarks $(ARGS)

@@ -1,19 +1,11 @@
-"""The site: `make docs`. Notebook pages are executed, pictures drawn, at each build."""
+"""The site: `make docs`. Notebook pages are executed at each build."""
 
 import os
 import re
-import sys
-from pathlib import Path
 
-HERE = Path(__file__).parent
-sys.path.insert(0, str(HERE))
 os.environ.setdefault("JAX_PLATFORMS", "cpu")  # For the notebooks' processes as well.
 
-import pictures  # noqa: E402
-
 import jax_revseg  # noqa: E402
-
-pictures.draw(HERE / "_build" / "pictures")
 
 project = "jax_revseg"
 author = "The jax_revseg developers"

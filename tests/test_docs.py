@@ -64,6 +64,26 @@ def test_no_block_escapes(page):
     }
 
 
+def test_pictures_are_up_to_date(monkeypatch):
+    """A picture shows what the library did before a change, or older results."""
+    monkeypatch.syspath_prepend(ROOT / "docs")
+    import pictures
+
+    drawn = pictures.draw()
+    assert {path.name for path in pictures.IMAGES.glob("*.svg")} == set(drawn)
+    for name, svg in drawn.items():
+        same = (pictures.IMAGES / name).read_text() == svg
+        assert same, f"docs/images/{name} is out of date: run `make pictures`"
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_pictures_of_a_page_are_committed(page):
+    """A reader of the Markdown in the repository would see no picture."""
+    for target in re.findall(r"!\[[^]]*\]\(([^)]+)\)", page.read_text()):
+        picture = (page.parent / target).resolve()
+        assert picture.is_file() and "_build" not in picture.parts, target
+
+
 def test_make_targets_exist():
     """A command that the README or the contributor's page names is one of make's."""
     targets = set(re.findall(r"^([\w-]+)%?:", (ROOT / "Makefile").read_text(), re.M))

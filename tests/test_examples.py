@@ -81,6 +81,7 @@ def test_download_that_fails_says_what_to_do(tmp_path):
         timeout=120,
     )
     assert done.returncode == 1
+    assert "Downloading aeon==1.6.0 from PyPI (6.4 MB, once)" in done.stdout
     assert "Could not download the data, aeon==1.6.0" in done.stderr
     assert "Traceback" not in done.stderr
     assert "--data FOLDER" in done.stderr
