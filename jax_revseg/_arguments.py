@@ -1,4 +1,4 @@
-"""Single arguments of a public call: arrays, integers, scalars, names of mesh axes."""
+"""Single arguments of a public call: arrays, integers, scalars, mesh axes."""
 
 from __future__ import annotations
 
@@ -29,13 +29,8 @@ class Constant(NamedTuple):
         return np.frombuffer(self.bits, self.dtype).reshape(())
 
 
-def split_constant(value: Constant | jax.Array) -> tuple[Constant | None, Any]:
-    """Splits a scalar into its static form, if on the host, and its traced form."""
-    return (value, None) if isinstance(value, Constant) else (None, value)
-
-
 class Call(NamedTuple):
-    """One call of a public function: its name and its array, for the messages.
+    """One call of a public function, and how its messages name things.
 
     Attributes:
         function: The name of the public function.
@@ -67,17 +62,17 @@ class Call(NamedTuple):
         if isinstance(x, np.ma.MaskedArray) or not (known or hasattr(x, "__dlpack__")):
             self.fail(
                 f"{self.x_name} must be an array, but has type {type(x).__name__}; "
-                "convert it with jax.numpy.asarray (or use jax.tree.map for a pytree, "
-                ".filled(value) for a masked array).",
+                "convert it with jax.numpy.asarray (a masked array with .filled, a "
+                "pytree with jax.tree.map).",
                 TypeError,
             )
         try:
             return jnp.asarray(x if known else np.from_dlpack(x))
-        except Exception as error:
+        except Exception as error:  # Each framework has its own for other devices.
             self.fail(
-                f"{self.x_name} of type {type(x).__name__} and dtype "
-                f"{getattr(x, 'dtype', None)} is no array that JAX can take: {error}; "
-                "convert it to a NumPy array of numbers first.",
+                f"{self.x_name} has dtype {getattr(x, 'dtype', None)} and type "
+                f"{type(x).__name__}, which JAX cannot take ({error}); convert it to a "
+                "NumPy array of numbers first.",
                 TypeError,
             )
 
@@ -111,33 +106,33 @@ class Call(NamedTuple):
         """Casts `padding_value` to the dtype of the array, or raises."""
         if value is None:
             return None
-        if isinstance(value, (bool, int, float, complex, np.generic, np.ndarray)):
-            shape, convert = np.shape(value), _host_scalar
-        else:
-            shape, convert = np.shape(value), _device_scalar
-        if shape:
+        host = isinstance(value, (bool, int, float, complex, np.generic, np.ndarray))
+        shape = np.shape(value) if host else getattr(value, "shape", None)
+        if shape != ():
             self.fail(
-                f"padding_value has shape {shape}, but must be a scalar (shape ()); use "
-                "jax.numpy.where for anything else."
+                f"padding_value {f'has shape {shape}' if shape else f'is {value!r}'}, "
+                "but must be a scalar (shape ()); use jax.numpy.where for anything "
+                "else.",
+                ValueError if shape else TypeError,
             )
         try:
-            return convert(value, dtype)
+            return (_host_scalar if host else _device_scalar)(value, dtype)
         except (TypeError, ValueError, OverflowError):
             self.fail(
                 f"padding_value is {value!r}, which {self.x_name} with dtype {dtype} "
-                f"cannot hold; use a scalar that {dtype} holds, or convert "
-                f"{self.x_name} first.",
+                f"cannot hold; use a scalar that {dtype} holds.",
                 TypeError,
             )
 
     def integers(self, argument: str, given: Any) -> Any:
         """Returns integers where they are: on the host or on a device."""
         values = self._from_any(argument, given)
-        # Kind V holds int4 and its like.
-        if values.dtype.kind in "iuO" or jnp.issubdtype(values.dtype, jnp.integer):
+        if values.dtype.kind in "iuO":
             return values
+        if jnp.issubdtype(values.dtype, jnp.integer):  # Kind V: int4 and its like.
+            return values.astype(np.int32) if isinstance(values, np.ndarray) else values
         remedy = "convert them with .astype(int)"
-        if jnp.issubdtype(values.dtype, jnp.bool_):
+        if values.dtype == bool:
             remedy = "a mask goes into reverse_segments, as "
             remedy += "segment_ids=mask.astype(int), padding_id=0 (in scans, as mask=)"
         self.fail(
@@ -148,7 +143,7 @@ class Call(NamedTuple):
     def booleans(self, argument: str, given: Any) -> Any:
         """Returns a mask where it is: on the host or on a device."""
         values = self._from_any(argument, given)
-        if jnp.issubdtype(values.dtype, jnp.bool_):
+        if values.dtype == bool:
             return values
         self.fail(
             f"{argument} has dtype {values.dtype}, but must be boolean; use "
@@ -158,73 +153,79 @@ class Call(NamedTuple):
 
     def _from_any(self, argument: str, given: Any) -> Any:
         """Converts with jnp if any leaf is on a device, else with NumPy."""
+        if isinstance(given, jax.Array):
+            return given
         if isinstance(given, np.ma.MaskedArray):
             self.fail(
                 f"{argument} is a masked array, whose mask would be lost; use .filled.",
                 TypeError,
             )
-        if isinstance(given, (jax.Array, np.ndarray)):
-            return given
         on_device = hasattr(given, "__jax_array__") or any(
             isinstance(leaf, jax.Array) for leaf in jax.tree.leaves(given)
         )
         try:
             values: Any = (jnp if on_device else np).asarray(given)
-            if not on_device and values.dtype.kind in "fO":
-                # NumPy makes floats of [] and of [1, 2**63]: let the elements decide.
-                elements = np.asarray(given, object)
-                integers = all(type(element) is int for element in elements.flat)
-                values = elements if integers else np.asarray(given, float)
-            return values
         except (TypeError, ValueError, OverflowError) as error:
+            self.fail(f"{argument} is not an array: {error}")
+        if values.dtype.kind in "fO" and not isinstance(given, np.ndarray):
+            # NumPy makes floats of [] and of [1, 2**63]: let the elements decide.
+            elements = np.asarray(given, object)
+            if all(isinstance(element, int) for element in elements.flat):
+                return elements
+        if values.dtype.kind in "OSUm":
             self.fail(
-                f"{argument} is {given!r} of type {type(given).__name__}, which is no "
-                f"array of numbers ({error}); give an array.",
+                f"{argument} is {given!r} of type {type(given).__name__}; give an "
+                "array of integers.",
                 TypeError,
             )
+        return values
 
     @property
     def devices(self) -> int:
-        """The number of blocks that the segment axis is sharded into."""
+        """The number of blocks into which the segment axis is sharded."""
         name = self.axis_name
         if name is None:
             return 1
         names = name if isinstance(name, tuple) else (name,)
         if not names or not all(isinstance(n, str) for n in names):
             self.fail(
-                f"axis_name is {name!r}; use the name of a mesh axis, a str, or a "
-                "tuple of names.",
+                f"axis_name is {name!r}; use the name of a mesh axis, or a tuple of "
+                "names.",
                 TypeError,
             )
-        if len(set(names)) < len(names):
-            self.fail(f"axis_name is {name!r}, which names an axis twice.")
         try:
-            return lax.axis_size(name)
+            if len(set(names)) == len(names):
+                return lax.axis_size(name)
         except NameError:
-            self.fail(
-                f"axis_name is {name!r}, but no such axis is mapped here; call inside "
-                "jax.shard_map over a mesh that has it, or leave axis_name out where "
-                "the segment axis is not sharded."
-            )
+            pass
+        self.fail(
+            f"axis_name is {name!r}, but must name axes that are mapped here, each "
+            "once; call inside jax.shard_map over a mesh that has them, or leave "
+            "axis_name out where the segment axis is not sharded."
+        )
+
+
+def split_constant(value: Constant | jax.Array) -> tuple[Constant | None, Any]:
+    """Splits a scalar into its static form, if on the host, and its traced form."""
+    return (value, None) if isinstance(value, Constant) else (None, value)
 
 
 def _device_scalar(value: Any, dtype: Any) -> jax.Array:
     # Extended dtypes, those of keys, take part in no promotion.
-    if value.dtype == dtype:
-        return value
-    if jnp.result_type(dtype, value) != dtype:
+    if value.dtype != dtype and jnp.result_type(dtype, value) != dtype:
         raise TypeError
-    return value.astype(dtype)
+    return value if value.dtype == dtype else value.astype(dtype)
 
 
 def _host_scalar(value: Any, dtype: Any) -> Constant:
     """Casts the value, whatever its own dtype is, as JAX does for Python scalars."""
     dtype = np.dtype(dtype)
-    value = value.item() if isinstance(value, np.generic | np.ndarray) else value
-    if jnp.issubdtype(dtype, jnp.integer) or dtype == bool:
+    value = value.item() if isinstance(value, (np.generic, np.ndarray)) else value
+    if dtype == bool or jnp.issubdtype(dtype, jnp.integer):
         number = int(value)
-        info = None if dtype == bool else jnp.iinfo(dtype)
-        low, high = (info.min, info.max) if info else (0, 1)
+        low, high = 0, 1
+        if dtype != bool:
+            low, high = jnp.iinfo(dtype).min, jnp.iinfo(dtype).max
         fits = value == number and low <= number <= high
         cast = np.asarray(number if fits else 0).astype(dtype)
     else:

@@ -98,7 +98,9 @@ class Bidirectional:
         functions = (FunctionType, BuiltinFunctionType)
         static = {k: v for k, v in layers.items() if isinstance(v, functions)}
         children = [
-            (jax.tree_util.GetAttrKey(k), v) for k, v in layers.items() if k not in static
+            (jax.tree_util.GetAttrKey(k), v)
+            for k, v in layers.items()
+            if k not in static
         ]
         return children, (tuple(static.items()), self.merge)
 

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from jax_revseg import _compat
 from jax_revseg._boundaries import reverse_between, take_last, to_words
 from jax_revseg._layout import Layout
 
@@ -81,7 +82,8 @@ def segment_numbers(ends: jax.Array, size: int) -> jax.Array:
         end = take_last(ends, jnp.where(fits, found + step - 1, 0))
         return jnp.where(fits & (end <= t), found + step, found)
 
-    return lax.fori_loop(0, rounds, search, jnp.zeros_like(t, jnp.int32))
+    found = _compat.vary_like(jnp.zeros_like(t, jnp.int32), ends)
+    return lax.fori_loop(0, rounds, search, found)
 
 
 def _padded_index(lengths, size):

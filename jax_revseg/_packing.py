@@ -171,7 +171,9 @@ def _size_or(call: Call, argument: str, given: Any, lengths: Any, default: Any) 
 
 def _cut_host_lengths(call: Call, lengths: np.ndarray, limit: Any) -> np.ndarray:
     for n in np.flatnonzero(lengths < 0)[:1]:
-        call.fail(f"lengths[{n}] is {lengths[n]}, but must not be negative; correct it.")
+        call.fail(
+            f"lengths[{n}] is {lengths[n]}, but must not be negative; correct it."
+        )
     limit = limit if isinstance(limit, int) else 2**31 - 1
     return np.minimum(lengths, min(limit, 2**31 - 1)).astype(np.int32)
 
@@ -254,9 +256,7 @@ def _pack_segments_abstract_eval(x, lengths, *, size, unpack, batch):
 def _pack_segments_transpose(ct, x, lengths, *, size, unpack, batch):
     del size
     size = x.shape[batch + 1 if unpack else batch]
-    return pack_segments_p.bind(
-        ct, lengths, size=size, unpack=not unpack, batch=batch
-    )
+    return pack_segments_p.bind(ct, lengths, size=size, unpack=not unpack, batch=batch)
 
 
 def _pack_segments_batching(axis_data, operands, dims, *, size, unpack, batch):

@@ -1,4 +1,4 @@
-"""The parts of the three scans: valid steps, restarts, padding, checks, one loop.
+"""The parts of the three scans: valid steps, restarts, padding, one loop.
 
 A step of the loop gives `f` the carry where the segment goes on, and `init` where it
 starts and at padding. At padding, `f` also gets the first valid step of the row in
@@ -8,17 +8,16 @@ valid steps would not give it, and padding cannot cause NaNs, not even in gradie
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.sharding import NamedSharding, PartitionSpec
-from jax.tree_util import keystr, tree_leaves_with_path, tree_map_with_path
+from jax.tree_util import keystr, tree_map_with_path
 
-from jax_revseg import _compat
 from jax_revseg._arguments import Call
+from jax_revseg._carry import alike
 from jax_revseg._layout import Layout
 from jax_revseg._linear import compiled
 from jax_revseg._lowering import align, padding_mask
@@ -32,7 +31,7 @@ class Rows(NamedTuple):
     xs: Any
     layout: Layout  # Of each array in xs.
     valid: jax.Array
-    keys: jax.Array | None  # Equal in all steps of a segment; None: one a row.
+    keys: jax.Array | None  # One number a segment; None where a row has one.
 
     @property
     def batch(self) -> tuple[int, ...]:
@@ -52,7 +51,9 @@ def parse_rows(
     """Returns the arrays of the pytree `xs`, and the masks that its segments need."""
     xs, segments, layout = parse_arrays(call, name, xs, axis, **encodings)
     first = jax.tree.leaves(xs)[0]
-    valid, keys = compiled(_masks, layout)(first, segments)
+    masks = compiled(_masks, layout)(first, segments)
+    batch = range(len(layout.batch_axes))
+    xs, (valid, keys) = alike(call, (xs, layout.batch_axes), (masks, batch))
     return Rows(xs, layout, valid, keys)
 
 
@@ -89,11 +90,6 @@ def fill_padding(reverse: bool, layout: Layout, x: jax.Array, valid: jax.Array):
     return jnp.where(align(valid, x.ndim, layout), x, first)
 
 
-def time_major(rows: Rows, mask: jax.Array) -> jax.Array:
-    """Moves the last axis of a mask to the front."""
-    return jnp.moveaxis(mask, -1, 0)
-
-
 def select(mask: jax.Array, a: Any, b: Any) -> Any:
     """Takes `a` in the rows where the mask is true, else `b`."""
 
@@ -110,71 +106,6 @@ def zero_padding(ys: jax.Array, valid: jax.Array) -> jax.Array:
     return select(valid, ys, jnp.zeros_like(ys))
 
 
-def carry_arrays(call: Call, name: str, init: Any, batch: tuple[int, ...]) -> Any:
-    """Returns `init` as a pytree of arrays that start with the batch axes."""
-
-    def leaf(path: Any, value: Any) -> jax.Array:
-        array = leaf_array(call, f"{name}{keystr(path)}", value)
-        check_batch(call, f"{name}{keystr(path)}", array, batch)
-        return array
-
-    return tree_map_with_path(leaf, init)
-
-
-def leaf_array(call: Call, name: str, value: Any) -> jax.Array:
-    """Returns a leaf as an array that is not weakly typed: a loop keeps its types."""
-    try:
-        array = jnp.asarray(value)
-    except TypeError:
-        call.fail(
-            f"{name} is {value!r} of type {type(value).__name__}, but must be an array; "
-            "close over anything else in f.",
-            TypeError,
-        )
-    return jnp.asarray(array, array.dtype)
-
-
-def check_batch(call: Call, name: str, array: Any, batch: tuple[int, ...]) -> None:
-    """Raises if an array does not start with the batch axes."""
-    if jnp.shape(array)[: len(batch)] != batch:
-        call.fail(
-            f"{name} has shape {jnp.shape(array)}, but its first axes must be the batch "
-            f"axes {batch}, one entry for each row; use jax.numpy.broadcast_to if all "
-            "rows are equal."
-        )
-
-
-def checked(call: Call, f: Callable[..., Any], batch: tuple[int, ...]):
-    """Wraps `f(carry, x)`: raises if its result is no pair, or the carry changes."""
-
-    def describe(leaf: Any) -> str:
-        return str(jax.typeof(leaf).update(weak_type=False))
-
-    def step(carry: Any, x: Any) -> tuple[Any, Any]:
-        out = f(carry, x)
-        if not isinstance(out, (tuple, list)) or len(out) != 2:
-            call.fail(
-                f"f must return a pair (carry, y), but returned {type(out).__name__}"
-                f"{f' of {len(out)}' if isinstance(out, (tuple, list)) else ''}; return "
-                "(carry, None) if there is no y.",
-                TypeError,
-            )
-        new, y = out
-        got, want = jax.tree.map(describe, new), jax.tree.map(describe, carry)
-        if jax.tree.flatten(got) != jax.tree.flatten(want):
-            call.fail(
-                f"f was given a carry of {want}, but returned one of {got}; make init "
-                "and what f returns equal in structure, shapes and dtypes (and in "
-                "sharding: see jax.lax.pcast and jax.sharding.reshard).",
-                TypeError,
-            )
-        for path, leaf in tree_leaves_with_path(y):
-            check_batch(call, f"y{keystr(path)} of f", leaf, batch)
-        return new, y
-
-    return step
-
-
 def loop(step: Any, unroll: Any, reverse: bool, init: Any, xs: Any, valid, goes_on):
     """Scans time-major arrays; returns the last carry of each row, and `ys`."""
 
@@ -188,47 +119,49 @@ def loop(step: Any, unroll: Any, reverse: bool, init: Any, xs: Any, valid, goes_
     return carry, jax.tree.map(lambda y: compiled(zero_padding)(y, valid), ys)
 
 
-def check_unroll(call: Call, unroll: Any) -> None:
-    """Raises if `unroll` is not what `lax.scan` takes."""
-    if not isinstance(unroll, bool) and call.integer("unroll", unroll) < 1:
-        call.fail(f"unroll is {unroll}; use 1 or more, or True.")
+def inputs(rows: Rows, reverse: bool) -> tuple[Any, jax.Array, jax.Array]:
+    """Time-major arrays without padding, and the two masks."""
+    batch = tuple(range(1, len(rows.batch) + 1))
+    layout = Layout("mask", 0, batch)
+    xs = jax.tree.map(lambda x: jnp.moveaxis(x, rows.layout.axis, 0), rows.xs)
+    fill = compiled(fill_padding, reverse, layout)
+    xs = jax.tree.map(lambda x: fill(x, rows.valid), xs)
+    masks = (rows.valid, rows.goes_on(reverse))
+    return (xs, *(jnp.moveaxis(mask, -1, 0) for mask in masks))
 
 
-def alike(call: Call, *trees: tuple[Any, Sequence[int]]) -> list[Any]:
-    """Gives the batch axes of all arrays one sharding, and one set of varying axes.
+def restore_axis(call: Call, ys: Any, axis: int) -> Any:
+    """Moves the segment axis of time-major `ys` to where `xs` has it."""
 
-    A loop must return the types that it takes, and from the first step on its carry
-    varies, and is sharded, as its inputs are. Each tree comes with its batch axes.
-    """
-    arrays = [leaf for tree, _ in trees for leaf in jax.tree.leaves(tree)]
-    pairs = [(leaf, axes) for tree, axes in trees for leaf in jax.tree.leaves(tree)]
-    target = _merged_batch_sharding(call, pairs)
+    def leaf(path: Any, y: jax.Array) -> jax.Array:
+        if axis >= y.ndim:
+            call.fail(
+                f"the segment axis of xs is {axis}, but y{keystr(path)} of f has shape "
+                f"{y.shape[1:]}, too few axes to put it there; move the segment axis of "
+                "xs right after the batch axes."
+            )
+        return jnp.moveaxis(y, 0, axis)
 
-    def leaf(x: jax.Array, axes: Sequence[int]) -> jax.Array:
-        x = _compat.vary_like(x, *arrays)
-        if target is None:
-            return x
-        spec = list(jax.typeof(x).sharding.spec)
-        for a, name in zip(axes, target.spec, strict=True):
-            spec[a] = name
-        return _compat.reshard_to(x, NamedSharding(target.mesh, PartitionSpec(*spec)))
-
-    return [jax.tree.map(lambda x, a=axes: leaf(x, a), tree) for tree, axes in trees]
+    return tree_map_with_path(leaf, ys)
 
 
-def _merged_batch_sharding(call: Call, pairs: Any) -> NamedSharding | None:
-    meshes = [jax.typeof(x).sharding.mesh for x, _ in pairs]
-    mesh = next((mesh for mesh in meshes if mesh.explicit_axes), None)
-    if mesh is None:
-        return None
-    merged: list[Any] = [None] * len(pairs[0][1])
-    for x, axes in pairs:
-        for i, a in enumerate(axes):
-            name = jax.typeof(x).sharding.spec[a]
-            if None not in (name, merged[i]) and name != merged[i]:
-                call.fail(
-                    f"batch axis {i} is sharded over {merged[i]!r} in one array and "
-                    f"over {name!r} in another; use jax.sharding.reshard."
-                )
-            merged[i] = merged[i] or name
-    return NamedSharding(mesh, PartitionSpec(*merged))
+def combine(call: Call, fn: Any, a: Any, b: Any) -> Any:
+    """Combines pairs (whether a segment starts within, value) by `fn`."""
+    (starts_a, a), (starts_b, b) = a, b
+
+    def keep_b(b: jax.Array, other: jax.Array) -> jax.Array:
+        return jnp.where(
+            lax.expand_dims(starts_b, range(starts_b.ndim, b.ndim)), b, other
+        )
+
+    # fn gets b twice where a belongs to another segment: an infinity in a would
+    # otherwise give NaN gradients, although the result is discarded.
+    out = fn(jax.tree.map(keep_b, b, a), b)
+    describe = partial(jax.tree.map, lambda x: f"{jnp.result_type(x)}{jnp.shape(x)}")
+    if jax.tree.flatten(describe(out)) != jax.tree.flatten(describe(b)):
+        call.fail(
+            f"fn was given {describe(b)}, but returned {describe(out)}; it must return "
+            "the structure, shapes and dtypes of elems.",
+            TypeError,
+        )
+    return starts_a | starts_b, jax.tree.map(keep_b, b, out)

@@ -9,22 +9,26 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.tree_util import keystr, tree_map_with_path
 
 from jax_revseg._arguments import Call, Integers
-from jax_revseg._layout import Layout
+from jax_revseg._carry import (
+    alike,
+    as_pair,
+    carry_arrays,
+    check_unroll,
+    checked,
+    stack_pair,
+)
 from jax_revseg._linear import compiled
 from jax_revseg._lowering import align
 from jax_revseg._recurrence import (
     Rows,
-    alike,
-    carry_arrays,
-    check_unroll,
-    checked,
+    combine,
     fill_padding,
-    leaf_array,
+    inputs,
     loop,
     parse_rows,
+    restore_axis,
 )
 
 
@@ -106,11 +110,11 @@ def scan_segments(
     encodings = dict(lengths=lengths, segment_ids=segment_ids)
     encodings.update(cu_seqlens=cu_seqlens, mask=mask)
     rows = parse_rows(call, "xs", xs, axis, padding_id=padding_id, **encodings)
-    inputs = (carry_arrays(call, "init", init, rows.batch), *_inputs(rows, reverse))
-    init, *inputs = _alike(call, rows, *inputs)
+    init = carry_arrays(call, "init", init, rows.batch)
+    operands = _alike(call, rows, init, *inputs(rows, reverse))
     step = checked(call, f, rows.batch)
-    carry, ys = loop(step, unroll, reverse, init, *inputs)
-    return carry, _restore_axis(call, ys, rows.layout.axis)
+    carry, ys = loop(step, unroll, reverse, *operands)
+    return carry, restore_axis(call, ys, rows.layout.axis)
 
 
 def bidirectional_scan(
@@ -185,13 +189,13 @@ def bidirectional_scan(
     encodings = dict(lengths=lengths, segment_ids=segment_ids)
     encodings.update(cu_seqlens=cu_seqlens, mask=mask)
     rows = parse_rows(call, "xs", xs, axis, padding_id=padding_id, **encodings)
-    params, inits = _pair(call, "params", params), _pair(call, "init", init)
+    params, inits = as_pair(call, "params", params), as_pair(call, "init", init)
     inits = [carry_arrays(call, f"init[{i}]", inits[i], rows.batch) for i in (0, 1)]
     # From the end to the start, so that one loop can step through both directions.
-    ways = [_inputs(rows, False), jax.tree.map(_flip, _inputs(rows, True))]
-    ways = [_alike(call, rows, init, *way) for init, way in zip(inits, ways)]
-    stacked = [_stack(call, "params", params)]
-    stacked += [_stack(call, "init", [way[0] for way in ways])]
+    ways = [inputs(rows, False), jax.tree.map(_flip, inputs(rows, True))]
+    ways = [_alike(call, rows, inits[i], *way) for i, way in enumerate(ways)]
+    stacked = [stack_pair(call, "params", params)]
+    stacked += [stack_pair(call, "init", [way[0] for way in ways])]
     stacked += jax.tree.map(lambda a, b: jnp.stack([a, b], 1), *(w[1:] for w in ways))
 
     def one_way(params: Any, init: Any, xs: Any, *masks: Any) -> Any:
@@ -202,7 +206,7 @@ def bidirectional_scan(
     carries, ys = jax.vmap(one_way, (0, 0, 1, 1, 1), (0, 1))(*stacked)
     outputs = [jax.tree.map(lambda y, i=i: y[:, i], ys) for i in (0, 1)]
     outputs[1] = jax.tree.map(_flip, outputs[1])
-    outputs = [_restore_axis(call, ys, rows.layout.axis) for ys in outputs]
+    outputs = [restore_axis(call, ys, rows.layout.axis) for ys in outputs]
     carry = [jax.tree.map(lambda leaf, i=i: leaf[i], carries) for i in (0, 1)]
     return (carry[0], carry[1]), (outputs[0], outputs[1])
 
@@ -269,40 +273,10 @@ def associative_scan_segments(
     fill = compiled(fill_padding, reverse, layout)
     filled = jax.tree.map(lambda x: fill(x, rows.valid), rows.xs)
     rank = max(layout.axis, *layout.batch_axes, 0) + 1
-    starts = align(compiled(jnp.logical_not)(rows.goes_on(reverse)), rank, layout)
-    combine = partial(_combine, call, fn)
-    starts = (starts, filled)
-    return lax.associative_scan(combine, starts, reverse=reverse, axis=layout.axis)[1]
-
-
-def _combine(call: Call, fn: Any, a: Any, b: Any) -> Any:
-    (starts_a, a), (starts_b, b) = a, b
-
-    def keep_b(b: jax.Array, other: jax.Array) -> jax.Array:
-        return jnp.where(lax.expand_dims(starts_b, range(starts_b.ndim, b.ndim)), b, other)
-
-    # fn gets b twice where a belongs to another segment: an infinity in a would
-    # otherwise give NaN gradients, although the result is discarded.
-    out = fn(jax.tree.map(keep_b, b, a), b)
-    describe = partial(jax.tree.map, lambda x: f"{jnp.result_type(x)}{jnp.shape(x)}")
-    if jax.tree.flatten(describe(out)) != jax.tree.flatten(describe(b)):
-        call.fail(
-            f"fn was given {describe(b)}, but returned {describe(out)}; it must return "
-            "the structure, shapes and dtypes of elems.",
-            TypeError,
-        )
-    return starts_a | starts_b, jax.tree.map(keep_b, b, out)
-
-
-def _inputs(rows: Rows, reverse: bool) -> tuple[Any, jax.Array, jax.Array]:
-    """Time-major arrays without padding, and the two masks."""
-    batch = tuple(range(1, len(rows.batch) + 1))
-    layout = Layout("mask", 0, batch)
-    xs = jax.tree.map(lambda x: jnp.moveaxis(x, rows.layout.axis, 0), rows.xs)
-    fill = compiled(fill_padding, reverse, layout)
-    xs = jax.tree.map(lambda x: fill(x, rows.valid), xs)
-    masks = (rows.valid, rows.goes_on(reverse))
-    return (xs, *(jnp.moveaxis(mask, -1, 0) for mask in masks))
+    starts = align(~rows.goes_on(reverse), rank, layout)
+    step = partial(combine, call, fn)
+    pairs = (starts, filled)
+    return lax.associative_scan(step, pairs, reverse=reverse, axis=layout.axis)[1]
 
 
 def _alike(call: Call, rows: Rows, init: Any, *time_major: Any) -> list[Any]:
@@ -312,49 +286,3 @@ def _alike(call: Call, rows: Rows, init: Any, *time_major: Any) -> list[Any]:
 
 def _flip(x: jax.Array) -> jax.Array:
     return jnp.flip(x, 0)
-
-
-def _restore_axis(call: Call, ys: Any, axis: int) -> Any:
-    def leaf(path: Any, y: jax.Array) -> jax.Array:
-        if axis >= y.ndim:
-            call.fail(
-                f"the segment axis of xs is {axis}, but y{keystr(path)} of f has shape "
-                f"{y.shape[1:]}, too few axes to put it there; move the segment axis of "
-                "xs right after the batch axes."
-            )
-        return jnp.moveaxis(y, 0, axis)
-
-    return tree_map_with_path(leaf, ys)
-
-
-def _pair(call: Call, name: str, pair: Any) -> tuple[Any, Any]:
-    if not isinstance(pair, (tuple, list)) or len(pair) != 2:
-        size = f" of {len(pair)}" if isinstance(pair, (tuple, list)) else ""
-        call.fail(
-            f"{name} must be a pair (forward, backward), but is a "
-            f"{type(pair).__name__}{size}.",
-            TypeError,
-        )
-    return pair[0], pair[1]
-
-
-def _stack(call: Call, name: str, pair: Any) -> Any:
-    """One tree of both directions, with an axis of 2 in front."""
-    forward, backward = map(jax.tree.structure, pair)
-    if forward != backward:
-        call.fail(
-            f"{name} has the structure {forward} forward and {backward} backward; one "
-            "loop needs them equal: use scan_segments twice for two models that differ."
-        )
-
-    def leaf(path: Any, a: Any, b: Any) -> jax.Array:
-        at = f"{name}{keystr(path)}"
-        a, b = leaf_array(call, at, a), leaf_array(call, at, b)
-        if (a.shape, a.dtype) != (b.shape, b.dtype):
-            call.fail(
-                f"{at} is {a.dtype}{a.shape} forward and {b.dtype}{b.shape} backward; "
-                "one loop needs them equal: use scan_segments twice for two models."
-            )
-        return jnp.stack([a, b])
-
-    return tree_map_with_path(leaf, *pair)

@@ -15,6 +15,7 @@ import numpy as np
 
 from jax_revseg._arguments import BatchAxis, Call
 from jax_revseg._layout import Kind, Layout
+from jax_revseg._linear import compiled
 from jax_revseg._lowering import position_dtype
 
 Segments = np.ndarray | jax.Array
@@ -33,12 +34,12 @@ def parse_segments(
 ) -> tuple[Segments, Layout]:
     """Returns the segments, from the one encoding that is given, and their layout."""
     given = [name for name in encodings if encodings[name] is not None]
-    if len(given) != 1:
+    if len(given) != 1 < len(encodings):
         call.fail(
             f"got {' and '.join(given) or 'none'} of {', '.join(encodings)}; give "
             "exactly one of them."
         )
-    name = given[0]
+    (name,) = given or encodings
     if padding_id is not None and name != "segment_ids":
         call.fail(
             f"padding_id is {padding_id!r}, but the segments are given by {name}; "
@@ -90,7 +91,7 @@ def parse_arrays(
             f"{' and '.join(shape for _, shape in found.values())}; give them the same "
             "axes, and count axis from the start."
         )
-    ((layout, _), (segments, _)), = found.items()
+    (((layout, _), (segments, _)),) = found.items()
     return treedef.unflatten(arrays), segments, layout
 
 
@@ -152,8 +153,8 @@ class _Encoding(NamedTuple):
         if self.kind in ("ids", "mask") and shape[-1] != x_shape[axis]:
             self._disagree(
                 shape,
-                f"axis {axis} of {x_name} has size {x_shape[axis]}, but {self.name} has "
-                f"{shape[-1]} entries a row; its last axis needs one for each position",
+                f"axis {axis} of {x_name} has size {x_shape[axis]}, so {self.name} needs "
+                f"that many entries a row, one for each position, but has {shape[-1]}",
             )
         return Layout(self.kind, axis, batch_axes)
 
@@ -181,7 +182,7 @@ class _Encoding(NamedTuple):
                 remedy += f" ({self.name} stays batch-major)"
         return (
             f"the batch axes {batch_axes} of {self.call.x_name} have sizes {sizes}, but "
-            f"those of {self.name} have {batch}; {remedy}"
+            f"{self.name} has {batch}; {remedy}"
         )
 
     def _raise_at(self, bad: np.ndarray, values: np.ndarray, rule: str) -> None:
@@ -196,36 +197,33 @@ class _Encoding(NamedTuple):
         devices = self.call.devices
         size = self.x_shape[layout.axis] * devices
         over = f" over {devices} devices" if devices > 1 else ""
-        return size, f"{size}, the size of axis {layout.axis} of {self.call.x_name}{over}"
+        return (
+            size,
+            f"{size}, the size of axis {layout.axis} of {self.call.x_name}{over}",
+        )
 
     def lengths(self, values: Segments, layout: Layout) -> Segments:
         """One length for each row, or several that are laid end to end."""
         if isinstance(values, jax.Array):
             return values
         size, limit = self._axis_size(layout)
-        if self.kind == "padded":
-            # A symbolic size is known only when the program runs.
-            bad = (values < 0) | (values > size if isinstance(size, int) else False)
-            self._raise_at(
-                bad, values, f"must lie between 0 and {limit}; clip or correct it"
+        rule = f"must lie between 0 and {limit}; clip or correct it"
+        bad = values < 0
+        if isinstance(size, int):  # A symbolic size is known only in the program.
+            bad |= values > size
+        self._raise_at(bad, values, rule)
+        if self.kind == "packed" and isinstance(size, int):
+            sums = np.asarray(values.astype(np.int64).sum(-1))
+            rule = f"must not pass {limit}; correct them (for one length a row use "
+            self._replace(name="lengths.sum(-1)")._raise_at(
+                sums > size, sums, rule + "reverse_sequence)"
             )
-            return _as_positions(values, size)
-        self._raise_at(values < 0, values, "must not be negative; correct it")
-        if isinstance(size, int):
-            sums = np.minimum(values, size + 1).astype(np.int64).sum(-1)
-            for row in np.argwhere(np.atleast_1d(sums > size))[:1]:
-                row = tuple(map(int, row))[: values.ndim - 1]
-                self.call.fail(
-                    f"the sum of {self.name}{list(row) or ''} is "
-                    f"{sum(map(int, values[row]))}, but must not pass {limit}; correct "
-                    "it (for one length a row use reverse_sequence)."
-                )
         return _as_positions(values, size)
 
     def differences(self, values: Segments, layout: Layout) -> Segments:
         """The lengths between cumulative offsets."""
         if isinstance(values, jax.Array):
-            return _differences(values)
+            return compiled(_differences)(values)
         size, limit = self._axis_size(layout)
         first = np.zeros(values.shape, bool)
         first[..., 0] = values[..., 0] != 0
@@ -277,10 +275,11 @@ class _Encoding(NamedTuple):
 def _as_positions(values: np.ndarray, size: Any) -> np.ndarray:
     """Casts checked host values to the dtype of positions, saturating."""
     dtype = position_dtype(size)
-    return np.minimum(values, np.iinfo(dtype).max).astype(dtype)
+    if values.dtype.itemsize == 8:  # Objects, too.
+        values = np.minimum(values, np.iinfo(dtype).max)
+    return values.astype(dtype, copy=False)
 
 
-@jax.jit
 def _differences(offsets: jax.Array) -> jax.Array:
     """Subtracts neighbouring offsets exactly, also where a difference would wrap."""
     bits = max(jnp.iinfo(offsets.dtype).bits, 32)

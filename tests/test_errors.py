@@ -16,7 +16,6 @@ from jax_revseg import (
     pack_segments,
     reverse_segment_order,
     reverse_segments,
-    reverse_segments_p,
     reverse_sequence,
     unpack_segments,
 )
@@ -70,11 +69,11 @@ TYPE_ERRORS = (
     ),
     (lambda: seq(I8, [1] * 2, padding_value=128), r"padding_value is 128.*dtype int8"),
     (lambda: seq(I8, [1] * 2, padding_value=-129), r"padding_value is -129.*int8"),
-    (lambda: seq(I8, [1] * 2, padding_value=1.0), r"padding_value is 1\.0.*dtype int8"),
+    (lambda: seq(I8, [1] * 2, padding_value=1.5), r"padding_value is 1\.5.*dtype int8"),
     (lambda: seq(X, [1] * 3, padding_value=1j), r"padding_value is 1j.*dtype float32"),
     (
         lambda: seq(X, [1] * 3, padding_value=[0.0]),
-        r"padding_value is \[0\.0\].*shape",
+        r"padding_value is \[0\.0\].*scalar",
     ),
     (lambda: seq(X, [1] * 3, padding_value="0"), r"padding_value is '0'.*scalar"),
     (lambda: seq(X > 0, [1] * 3, padding_value=2), r"padding_value is 2.*dtype bool"),
@@ -95,10 +94,6 @@ TYPE_ERRORS = (
         lambda: pack_segments(X, [1], max_length=1, padding_value=1j),
         r"padding_value is 1j.*float32",
     ),
-    (
-        lambda: unpack_segments(X, [1] * 3, total_length=None),
-        r"total_length is None of type NoneType",
-    ),
 )
 VALUE_ERRORS = (
     # Rank and shape.
@@ -108,7 +103,7 @@ VALUE_ERRORS = (
     (lambda: seq(X, [[1, 2], [3]]), r"lengths is not an array.*inhomogeneous"),
     (
         lambda: seq(X, [[1] * 4] * 3),
-        r"lengths has shape \(3, 4\) and x has shape.*needs rank 3 or more, but has 2;",
+        r"lengths has shape \(3, 4\) and x has shape.*axis 2, but has rank 2",
     ),
     (lambda: seq(X[0], [[1]]), r"lengths has shape \(1, 1\) and x has shape \(4,\)"),
     (lambda: seq(X, [[1] * 4] * 3, axis=0), r"lengths has shape \(3, 4\).*x.*\(3, 4\)"),
@@ -117,7 +112,7 @@ VALUE_ERRORS = (
     (lambda: order(X, [[1], [1]]), r"\(3,\).*lengths has \(2,\)"),
     (
         lambda: seg(X, segment_ids=[[0] * 5] * 3),
-        r"segment_ids has shape \(3, 5\).*axis 1 of x \(shape \(3, 4\)\) has size 4",
+        r"segment_ids has shape \(3, 5\) and x has shape \(3, 4\).*axis 1 of x has size 4",
     ),
     (
         lambda: seg(X, cu_seqlens=np.zeros((3, 0), int)),
@@ -129,12 +124,12 @@ VALUE_ERRORS = (
     (lambda: seq(X, [1] * 3, batch_axis=5), r"batch_axis is 5, but x has rank 2"),
     (
         lambda: seq(X, [1] * 3, batch_axis=(0, 0)),
-        r"batch_axis \(0, 0\) names 2.*\(3,\)",
+        r"lengths has 1 batch axes.*batch axes \(0, 0\)",
     ),
-    (lambda: seq(X, 1, batch_axis=0), r"batch_axis 0 names 1 axes.*0 batch axes"),
+    (lambda: seq(X, 1, batch_axis=0), r"lengths has 0 batch axes.*batch axes \(0,\)"),
     (
         lambda: seq(X, [1] * 3, axis=0, batch_axis=-2),
-        r"batch_axis -2 and axis 0 must name different",
+        r"batch_axis \(-2,\) and axis 0 must name different",
     ),
     (
         lambda: seq(X[None], np.ones((3, 3), int), batch_axis=(1, 1)),
@@ -157,7 +152,7 @@ VALUE_ERRORS = (
     (lambda: pack_segments(X, [[1]], max_length=2), r"lengths has rank 2.*rank 1"),
     (lambda: pack_segments(X, [1], max_length=-1), r"max_length is -1.*0 or more"),
     (lambda: pack_segments(X, [2, 2], max_length=2), r"lengths\.sum\(-1\) is 4.*3"),
-    (lambda: pack_segments(X, [-1], max_length=2), r"lengths\[0\] is -1.*negative"),
+    (lambda: pack_segments(X, [-1], max_length=2), r"lengths\[0\] is -1.*between 0 and 3"),
     (lambda: unpack_segments(X[0], [1], total_length=1), r"lengths.*\(1,\).*x.*\(4,\)"),
     (
         lambda: unpack_segments(X[0], [1] * 4, total_length=4),
@@ -190,10 +185,10 @@ HOST_VALUES = (
     (lambda x: seq(x[:, :0], [0, 1, 0]), r"lengths\[1\] is 1, .*between 0 and 0"),
     (lambda x: seq(x, [[0] * 4, [1] * 4, [2] * 4], axis=0), r"lengths has shape"),
     (lambda x: seg(x, [[1, 1], [3, 2], [4, 0]]), r"lengths\.sum\(-1\)\[1\] is 5.*4"),
-    (lambda x: seg(x, [[1, 1], [5, -1], [4, 0]]), r"lengths\[1, 1\] is -1.*negative"),
-    (lambda x: seg(x[0], [2**62] * 4), r"lengths\.sum\(-1\) is 18446744073709551616"),
-    (lambda x: seg(x, np.full((3, 2), 100, np.int8)), r"sum\(-1\)\[0\] is 200.*4"),
-    (lambda x: order(x, [[4], [4], [5]]), r"lengths\.sum\(-1\)\[2\] is 5.*4"),
+    (lambda x: seg(x, [[1, 1], [5, -1], [4, 0]]), r"lengths\[1, 0\] is 5.*between 0 and 4"),
+    (lambda x: seg(x[0], [2**62] * 4), r"lengths\[0\] is 4611686018427387904"),
+    (lambda x: seg(x, np.full((3, 2), 100, np.int8)), r"lengths\[0, 0\] is 100.*4"),
+    (lambda x: order(x, [[4], [4], [5]]), r"lengths\[2, 0\] is 5.*4"),
     (lambda x: seg(x[0], cu_seqlens=[1, 2]), r"cu_seqlens\[0\] is 1.*must be 0"),
     (lambda x: seg(x[0], cu_seqlens=[0, 3, 2]), r"cu_seqlens\[2\] is 2.*offset before"),
     (lambda x: seg(x[0], cu_seqlens=[0, 3, 5]), r"cu_seqlens\[2\] is 5.*pass 4"),
@@ -277,24 +272,3 @@ def test_offsets_at_the_limits(dtype):
         on_device = jnp.asarray(offsets.astype(dtype))
         assert on_device.dtype == dtype
         assert_same_bits(reverse_segments(x, cu_seqlens=on_device), expected)
-
-
-BINDS = (
-    (ValueError, dict(layout="dense"), (3,), r"layout is 'dense'.*padded"),
-    (ValueError, dict(axis=2), (3,), r"axis 2 and batch_axes \(0,\).*rank 2"),
-    (ValueError, dict(axis=-1), (3,), r"axis -1 and batch_axes \(0,\).*from 0"),
-    (ValueError, dict(axis=0), (3,), r"axis 0 and batch_axes \(0,\).*different"),
-    (ValueError, dict(batch_axes=()), (3,), r"segments has shape \(3,\).*needs \(\)"),
-    (ValueError, dict(layout="packed"), (3,), r"shape \(3,\).*needs \(3, 'K'\)"),
-    (ValueError, dict(layout="ids"), (3, 5), r"shape \(3, 5\).*needs \(3, 4\)"),
-    (TypeError, {}, None, r"segments has dtype float32; use integers"),
-)
-
-
-@pytest.mark.parametrize("error, params, shape, pattern", BINDS)
-def test_primitive(error, params, shape, pattern):
-    """The primitive, which is public, is bound to what its lowering cannot take."""
-    segments = jnp.ones(3) if shape is None else jnp.ones(shape, jnp.int32)
-    params = dict(axis=1, batch_axes=(0,), layout="padded") | params
-    with pytest.raises(error, match=f"(?s)reverse_segments_p: .*{pattern}"):
-        reverse_segments_p.bind(jnp.asarray(X), segments, **params)

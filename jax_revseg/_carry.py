@@ -1,0 +1,158 @@
+"""Carries and parameters: from a user's pytrees to what one loop can take, checked."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import NamedSharding, PartitionSpec
+from jax.tree_util import keystr, tree_leaves_with_path, tree_map_with_path
+
+from jax_revseg import _compat
+from jax_revseg._arguments import Call
+
+
+def carry_arrays(call: Call, name: str, init: Any, batch: tuple[int, ...]) -> Any:
+    """Returns `init` as a pytree of arrays that start with the batch axes."""
+
+    def leaf(path: Any, value: Any) -> jax.Array:
+        array = leaf_array(call, f"{name}{keystr(path)}", value)
+        check_batch(call, f"{name}{keystr(path)}", array, batch)
+        return array
+
+    return tree_map_with_path(leaf, init)
+
+
+def leaf_array(call: Call, name: str, value: Any) -> jax.Array:
+    """Returns a leaf as an array that is not weakly typed: a loop keeps its types."""
+    try:
+        array = jnp.asarray(value)
+    except TypeError:
+        call.fail(
+            f"{name} is {value!r} of type {type(value).__name__}, but must be an array; "
+            "close over anything else in f.",
+            TypeError,
+        )
+    return jnp.asarray(array, array.dtype)
+
+
+def check_batch(call: Call, name: str, array: Any, batch: tuple[int, ...]) -> None:
+    """Raises if an array does not start with the batch axes."""
+    if jnp.shape(array)[: len(batch)] != batch:
+        call.fail(
+            f"{name} has shape {jnp.shape(array)}, but its first axes must be the batch "
+            f"axes {batch}, one entry for each row; use jax.numpy.broadcast_to if all "
+            "rows are equal."
+        )
+
+
+def checked(call: Call, f: Callable[..., Any], batch: tuple[int, ...]):
+    """Wraps `f(carry, x)`: raises if its result is no pair, or the carry changes."""
+
+    def describe(leaf: Any) -> str:
+        return str(jax.typeof(leaf).update(weak_type=False))
+
+    def step(carry: Any, x: Any) -> tuple[Any, Any]:
+        out = f(carry, x)
+        if not isinstance(out, (tuple, list)) or len(out) != 2:
+            call.fail(
+                f"f must return a pair (carry, y), but returned {type(out).__name__}"
+                f"{f' of {len(out)}' if isinstance(out, (tuple, list)) else ''}; return "
+                "(carry, None) if there is no y.",
+                TypeError,
+            )
+        new, y = out
+        got, want = jax.tree.map(describe, new), jax.tree.map(describe, carry)
+        if jax.tree.flatten(got) != jax.tree.flatten(want):
+            call.fail(
+                f"f was given a carry of {want}, but returned one of {got}; make init "
+                "and what f returns equal in structure, shapes and dtypes (and in "
+                "sharding: see jax.lax.pcast and jax.sharding.reshard).",
+                TypeError,
+            )
+        for path, leaf in tree_leaves_with_path(y):
+            check_batch(call, f"y{keystr(path)} of f", leaf, batch)
+        return new, y
+
+    return step
+
+
+def check_unroll(call: Call, unroll: Any) -> None:
+    """Raises if `unroll` is not what `lax.scan` takes."""
+    if not isinstance(unroll, bool) and call.integer("unroll", unroll) < 1:
+        call.fail(f"unroll is {unroll}; use 1 or more, or True.")
+
+
+def as_pair(call: Call, name: str, pair: Any) -> tuple[Any, Any]:
+    if not isinstance(pair, (tuple, list)) or len(pair) != 2:
+        size = f" of {len(pair)}" if isinstance(pair, (tuple, list)) else ""
+        call.fail(
+            f"{name} must be a pair (forward, backward), but is a "
+            f"{type(pair).__name__}{size}.",
+            TypeError,
+        )
+    return pair[0], pair[1]
+
+
+def stack_pair(call: Call, name: str, pair: Any) -> Any:
+    """One tree of both directions, with an axis of 2 in front."""
+    forward, backward = map(jax.tree.structure, pair)
+    if forward != backward:
+        call.fail(
+            f"{name} has the structure {forward} forward and {backward} backward; one "
+            "loop needs them equal: use scan_segments twice for two models that differ."
+        )
+
+    def leaf(path: Any, a: Any, b: Any) -> jax.Array:
+        at = f"{name}{keystr(path)}"
+        a, b = leaf_array(call, at, a), leaf_array(call, at, b)
+        if (a.shape, a.dtype) != (b.shape, b.dtype):
+            call.fail(
+                f"{at} is {a.dtype}{a.shape} forward and {b.dtype}{b.shape} backward; "
+                "one loop needs them equal: use scan_segments twice for two models."
+            )
+        return jnp.stack([a, b])
+
+    return tree_map_with_path(leaf, *pair)
+
+
+def alike(call: Call, *trees: tuple[Any, Sequence[int]]) -> list[Any]:
+    """Gives the batch axes of all arrays one sharding, and one set of varying axes.
+
+    A loop must return the types that it takes, and from the first step on its carry
+    varies, and is sharded, as its inputs are. Each tree comes with its batch axes.
+    """
+    arrays = [leaf for tree, _ in trees for leaf in jax.tree.leaves(tree)]
+    pairs = [(leaf, axes) for tree, axes in trees for leaf in jax.tree.leaves(tree)]
+    target = _merged_batch_sharding(call, pairs)
+
+    def leaf(x: jax.Array, axes: Sequence[int]) -> jax.Array:
+        x = _compat.vary_like(x, *arrays)
+        if target is None:
+            return x
+        spec = list(jax.typeof(x).sharding.spec)
+        for a, name in zip(axes, target.spec, strict=True):
+            spec[a] = name
+        return _compat.reshard_to(x, NamedSharding(target.mesh, PartitionSpec(*spec)))
+
+    return [jax.tree.map(lambda x, a=axes: leaf(x, a), tree) for tree, axes in trees]
+
+
+def _merged_batch_sharding(call: Call, pairs: Any) -> NamedSharding | None:
+    meshes = [jax.typeof(x).sharding.mesh for x, _ in pairs]
+    mesh = next((mesh for mesh in meshes if mesh.explicit_axes), None)
+    if mesh is None:
+        return None
+    merged: list[Any] = [None] * len(pairs[0][1])
+    for x, axes in pairs:
+        for i, a in enumerate(axes):
+            name = jax.typeof(x).sharding.spec[a]
+            if None not in (name, merged[i]) and name != merged[i]:
+                call.fail(
+                    f"batch axis {i} is sharded over {merged[i]!r} in one array and "
+                    f"over {name!r} in another; use jax.sharding.reshard."
+                )
+            merged[i] = merged[i] or name
+    return NamedSharding(mesh, PartitionSpec(*merged))
