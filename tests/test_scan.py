@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.experimental import checkify
 
 from jax_revseg import (
     _reference,
@@ -126,8 +127,12 @@ def make(bad=np.nan, **encoding):
 
 def weighted(carry, ys):
     """A scalar of all floating results, in which each counts differently."""
-    leaves = [x for x in jax.tree.leaves((carry, ys)) if jnp.issubdtype(x.dtype, jnp.floating)]
-    return sum(jnp.sum(x * jnp.cos(jnp.arange(x.size).reshape(x.shape))) for x in leaves)
+    leaves = [
+        x for x in jax.tree.leaves((carry, ys)) if jnp.issubdtype(x.dtype, jnp.floating)
+    ]
+    return sum(
+        jnp.sum(x * jnp.cos(jnp.arange(x.size).reshape(x.shape))) for x in leaves
+    )
 
 
 def close(actual, desired):
@@ -138,25 +143,425 @@ def close(actual, desired):
         np.testing.assert_allclose(a, b, rtol=2e-5, atol=1e-6)
 
 
-@each_encoding
-@each_direction
-@pytest.mark.parametrize("f", (gru, norm))
-@pytest.mark.parametrize("bad", (np.nan, np.inf, 0.0))
-def test_values_and_gradients_are_those_of_valid_steps_alone(name, reverse, f, bad):
-    encoding = ENCODINGS[name]
-    w, init, xs = make(bad, **encoding)
-    clean = make(1.0, **encoding)[2]
+def split(encoding):
+    """The part that may be traced, and the static part."""
+    traced = {k: v for k, v in encoding.items() if k != "padding_id"}
+    return traced, {k: v for k, v in encoding.items() if k == "padding_id"}
 
-    def loss(scan, w, h, xs, **encoding):
-        out = scan(partial(f, w), (h, init[1]), xs, reverse=reverse, **encoding)
+
+def values_and_gradients(scan, f, w, init, xs, **more):
+    """Of w, of the floating part of init, and of xs."""
+
+    def loss(w, h, xs):
+        out = scan(partial(f, w), (h, *init[1:]), xs, **more)
         return weighted(*out), out
 
-    def run(scan, xs, **encoding):
-        grad = jax.value_and_grad(partial(loss, scan), (0, 1, 2), has_aux=True)
-        (_, out), grads = grad(w, init[0], xs, **encoding)
-        return out, grads
+    (_, out), grads = jax.value_and_grad(loss, (0, 1, 2), has_aux=True)(w, init[0], xs)
+    return out, grads
 
-    on_device = {k: jnp.asarray(v) for k, v in encoding.items() if k != "padding_id"}
-    static = {k: v for k, v in encoding.items() if k == "padding_id"}
-    ours = jax.jit(lambda xs, device: run(scan_segments, xs, **device, **static))
-    close(ours(xs, on_device), run(oracle, clean, **encoding))
+
+@each_direction
+@pytest.mark.parametrize("f", (gru, norm))
+def test_values_and_gradients_are_those_of_valid_steps_alone(reverse, f):
+    encodings = [split(encoding) for encoding in ENCODINGS.values()]
+
+    @jax.jit  # One program: compilation takes the time.
+    def run(w, init, xs, encodings_):
+        return [
+            values_and_gradients(
+                scan_segments, f, w, init, x, reverse=reverse, **traced, **static
+            )
+            for x, traced, (_, static) in zip(xs, encodings_, encodings, strict=True)
+        ]
+
+    desired = []
+    for encoding in ENCODINGS.values():
+        w, init, xs = make(1.0, **encoding)
+        scan = partial(oracle, reverse=reverse, **encoding)
+        desired.append(values_and_gradients(scan, f, w, init, xs))
+    for bad in (np.nan, np.inf, 0.0):
+        xs = [make(bad, **encoding)[2] for encoding in ENCODINGS.values()]
+        close(run(w, init, xs, [traced for traced, _ in encodings]), desired)
+
+
+@each_encoding
+def test_bidirectional_scan_is_two_scans(name):
+    traced, static = split(ENCODINGS[name])
+    w, init, xs = make(np.nan, **ENCODINGS[name])
+    params = (w, jax.tree.map(lambda a: a / 2, w))
+    inits = (init, jax.tree.map(lambda a: a + 1, init))
+
+    def both(params, inits, xs, **encoding):
+        return bidirectional_scan(gru, params, inits, xs, **encoding)
+
+    def two(params, inits, xs, **encoding):
+        scan = partial(scan_segments, xs=xs, **encoding)
+        ways = [
+            scan(partial(gru, p), init, reverse=reverse)
+            for p, init, reverse in zip(params, inits, (False, True), strict=True)
+        ]
+        return tuple(zip(*ways, strict=True))
+
+    def run(scan, params, xs, traced):
+        def loss(params, xs):
+            out = scan(params, inits, xs, **traced, **static)
+            return weighted(*out), out
+
+        return jax.grad(loss, (0, 1), has_aux=True)(params, xs)
+
+    run = jax.jit(run, static_argnums=0)
+    close(run(both, params, xs, traced), run(two, params, xs, traced))
+
+
+def affine(a, b):
+    """Composition of x -> m x + v: not commutative."""
+    return {"m": b["m"] * a["m"], "v": b["m"] * a["v"] + b["v"]}
+
+
+def log_sum_exp(a, b):
+    """The derivative at two infinities is NaN."""
+    return {"m": a["m"] * b["m"], "v": jnp.logaddexp(a["v"], b["v"])}
+
+
+def combine_all(fn, elems, reverse, **encoding):
+    """One step after the other; zero at padding."""
+    out = jax.tree.map(jnp.zeros_like, elems)
+    for n in range(N):
+        for steps in segments_of_row(n, **encoding):
+            total = None
+            for t in reversed(steps) if reverse else steps:
+                x = jax.tree.map(lambda leaf, n=n, t=t: leaf[n, t], elems)
+                total = x if total is None else fn(total, x)
+                out = jax.tree.map(lambda o, v, i=(n, t): o.at[i].set(v), out, total)
+    return out
+
+
+@each_direction
+@pytest.mark.parametrize("fn", (affine, log_sum_exp))
+def test_associative_scan_combines_each_segment_alone(reverse, fn):
+    """A product that overflows in one segment must not reach the next, nor must the
+    gradient of a NaN in the padding."""
+    encodings = {k: v for k, v in ENCODINGS.items() if k != "mask"}
+    rng = np.random.default_rng(0)
+    clean = {"m": rng.uniform(0.5, 1.5, (N, T)), "v": rng.normal(size=(N, T, 2))}
+    clean["m"] = clean["m"][..., None]
+    clean = jax.tree.map(np.float32, clean)
+    clean["m"][0, 1] = clean["m"][0, 0] = 1e30  # Their product is infinite.
+
+    def loss(scan, elems, valid, **encoding):
+        out = scan(fn, elems, reverse=reverse, **encoding)
+        out = jax.tree.map(lambda y: jnp.where(valid[..., None], y, 0), out)
+        finite = jax.tree.map(lambda y: jnp.where(abs(y) < 1e20, y, 0), out)
+        return weighted((), finite), out
+
+    def at(valid, fill):
+        return jax.tree.map(lambda x: np.where(valid[..., None], x, fill), clean)
+
+    for name, encoding in encodings.items():
+        valid = valid_steps(**encoding)
+        traced, static = split(encoding)
+        grad = jax.grad(partial(loss, associative_scan_segments), has_aux=True)
+        ours = jax.jit(partial(grad, **static))
+        want = jax.grad(partial(loss, combine_all), has_aux=True)(
+            at(valid, 1.0), valid, **encoding
+        )
+        for bad in (np.nan, np.inf):
+            got = ours(at(valid, np.float32(bad)), valid, **traced)
+            close(jax.tree.map(lambda x: x * valid[..., None], got[0]), got[0])
+            close(got, want)
+
+
+def total(scale, carry, x):
+    """Exact on integers, and different for every order of steps."""
+    carry = 10 * carry + scale * x
+    return carry, carry
+
+
+DIGITS = np.array([[1, 2, 3, 4], [5, 6, 7, 8]])
+
+
+def test_layouts_of_xs_and_trees():
+    """Time-major, two batch axes, no batch axis, leaves of other ranks and dtypes."""
+    f = partial(total, 1)
+    zeros, lengths = jnp.zeros(2, int), jnp.array([3, 2])
+    carry, ys = scan_segments(f, zeros, DIGITS, lengths)
+    assert ys.tolist() == [[1, 12, 123, 0], [5, 56, 0, 0]]
+    assert carry.tolist() == [123, 56]
+    time_major = scan_segments(f, zeros, DIGITS.T, lengths, axis=0)
+    close(time_major, (carry, ys.T))
+    close(
+        scan_segments(f, zeros[None], DIGITS[None], lengths[None]),
+        (carry[None], ys[None]),
+    )
+    alone = scan_segments(f, jnp.int32(0), DIGITS[0], 3, reverse=True)
+    assert alone[1].tolist() == [321, 32, 3, 0]
+    mapped = jax.vmap(partial(scan_segments, f))(zeros, DIGITS, lengths)
+    close(mapped, (carry, ys))
+    unrolled = scan_segments(f, zeros, DIGITS, lengths, unroll=3)
+    close(unrolled, (carry, ys))
+    back = (np.array([321, 65]), [[321, 32, 3, 0], [65, 6, 0, 0]])
+    both = bidirectional_scan(total, (1, 1), (zeros, zeros), DIGITS, lengths)
+    close(both[0], (carry, jnp.asarray(back[0])))
+    assert both[1][1].tolist() == back[1]
+
+
+def test_dtypes_and_keys():
+    """Key arrays, as for dropout, have no zero and no half."""
+    keys = jax.random.split(jax.random.key(0), (2, 4))
+    xs = {"key": keys, "byte": DIGITS.astype(np.int8), "flag": DIGITS > 2}
+
+    def f(carry, x):
+        draw = jax.vmap(jax.random.bits)(x["key"])
+        return (carry[0] + draw, x["key"]), (x["flag"], x["byte"], None)
+
+    init = (jnp.zeros(2, jnp.uint32), jax.random.split(jax.random.key(1), 2))
+    carry, ys = scan_segments(f, init, xs, jnp.array([3, 0]))
+    draws = [jax.random.bits(key) for key in keys[0, :3]]
+    assert carry[0].tolist() == [int(sum(draws)), 0]
+    last = jnp.stack([keys[0, 2], init[1][1]])
+    assert (jax.random.key_data(carry[1]) == jax.random.key_data(last)).all()
+    assert ys[1].dtype == jnp.int8 and ys[1].tolist() == [[1, 2, 3, 0], [0] * 4]
+
+
+@pytest.mark.parametrize("shape", ((2, 0), (0, 4), (2, 4)))
+def test_nothing_to_scan_returns_init(shape):
+    xs, init = jnp.ones(shape), jnp.arange(shape[0], dtype=float)
+    for encoding in (
+        dict(lengths=jnp.zeros(shape[0], int)),
+        dict(cu_seqlens=jnp.zeros((shape[0], 1), int)),
+        dict(segment_ids=jnp.zeros(shape, int), padding_id=0),
+        dict(mask=jnp.zeros(shape, bool)),
+    ):
+        scan = partial(scan_segments, lambda c, x: (c * x, c), **encoding)
+        close(scan(init, xs), (init, jnp.zeros(shape)))
+        close(scan(init, xs, reverse=True), (init, jnp.zeros(shape)))
+        if "mask" not in encoding:
+            out = associative_scan_segments(jnp.add, xs, **encoding)
+            assert out.shape == shape
+
+
+def test_f_is_traced_once():
+    calls = []
+
+    def f(params, carry, x):
+        calls.append(carry.shape)
+        return carry + params * x, carry
+
+    lengths = jnp.array([3, 2])
+    zeros = jnp.zeros(2)
+    scan_segments(partial(f, 2), zeros, DIGITS * 1.0, lengths)
+    bidirectional_scan(f, (2, 3), (zeros, zeros), DIGITS * 1.0, lengths)
+    assert calls == [(2,), (2,)]
+
+
+def test_bidirectional_scan_is_one_loop():
+    w, init, xs = make(1.0, **ENCODINGS["lengths"])
+    run = partial(bidirectional_scan, gru, (w, w), (init, init))
+    text = str(jax.make_jaxpr(run)(xs, LENGTHS))
+    assert text.count("scan[") == 1
+
+
+@pytest.mark.parametrize("how", ("remat", "jvp", "hessian", "scan over layers"))
+def test_transformations(how):
+    w, init, xs = make(np.nan, **ENCODINGS["ids and padding"])
+    encoding = dict(segment_ids=jnp.asarray(IDS), padding_id=0)
+
+    def loss(w, step=gru):
+        return weighted(*scan_segments(partial(step, w), init, xs, **encoding))
+
+    grad = jax.jit(jax.grad(loss))
+    if how == "remat":
+        close(jax.jit(jax.grad(jax.checkpoint(loss)))(w), grad(w))
+        again = jax.jit(jax.grad(partial(loss, step=jax.checkpoint(gru))))
+        close(again(w), grad(w))
+    elif how == "jvp":
+        tangent = jax.jit(partial(jax.jvp, loss))((w,), (w,))[1]
+        expected = sum(jnp.sum(w[k] * v) for k, v in grad(w).items())
+        np.testing.assert_allclose(tangent, expected, rtol=1e-5)
+    elif how == "hessian":
+        direction = jax.tree.map(np.cos, w)
+
+        def along(w):
+            return sum(jnp.sum(direction[k] * v) for k, v in jax.grad(loss)(w).items())
+
+        forward = jax.jit(lambda w: jax.jvp(jax.grad(loss), (w,), (direction,))[1])
+        backward = jax.jit(jax.grad(along))(w)
+        close(jax.tree.map(lambda a, b: np.abs(a - b).max() < 1e-3, forward(w), backward),
+              {"z": np.True_, "h": np.True_})  # fmt: skip
+    else:
+        layers = jax.tree.map(lambda a: jnp.stack([a, a / 2]), w)
+
+        def layer(ys, w):
+            scan = partial(scan_segments, partial(gru, w), init, **encoding)
+            return ys, weighted(*scan(xs))
+
+        _, stacked = jax.jit(lambda layers: jax.lax.scan(layer, 0.0, layers))(layers)
+        expected = [loss(jax.tree.map(lambda a, i=i: a[i], layers)) for i in (0, 1)]
+        np.testing.assert_allclose(stacked, expected, rtol=1e-5)
+
+
+def test_under_debugging_settings():
+    """NaNs in the padding are no NaNs of the program; no tracer is left behind."""
+    w, init, xs = make(np.nan, **ENCODINGS["lengths"])
+    run = partial(scan_segments, partial(gru, w), init, lengths=LENGTHS)
+    expected = run(xs)
+    clean = jax.tree.map(jnp.asarray, make(1.0, **ENCODINGS["lengths"])[2])
+    with jax.debug_nans(True):
+        close(jax.jit(run)(clean), expected)
+    with jax.disable_jit():
+        close(run(clean), expected)
+    with jax.checking_leaks():
+        both = partial(bidirectional_scan, gru, (w, w), (init, init))
+        jax.jit(both)(xs, LENGTHS)
+        jax.jit(run)(xs)
+
+
+def test_export_with_a_symbolic_batch():
+    w, init, xs = make(np.nan, **ENCODINGS["lengths"])
+    scope = jax.export.SymbolicScope()
+
+    def spec(x):
+        shape = ", ".join(map(str, x.shape[1:]))
+        shape = jax.export.symbolic_shape(f"n, {shape}", scope=scope)
+        return jax.ShapeDtypeStruct(shape, x.dtype)
+
+    def run(init, xs, lengths):
+        scan = bidirectional_scan(gru, (w, w), (init, init), xs, lengths)
+        return scan, associative_scan_segments(jnp.add, xs["b"], lengths)[:, :1]
+
+    operands = jax.tree.map(jnp.asarray, (init, xs, LENGTHS))
+    exported = jax.export.export(jax.jit(run))(*jax.tree.map(spec, operands))
+    close(exported.call(*operands), run(*operands))
+
+
+@pytest.mark.parametrize("name", ("lengths", "ids and padding", "mask"))
+@pytest.mark.parametrize(
+    "mode", ("auto", "explicit", "explicit lengths", "explicit xs", "shard_map")
+)
+def test_sharded_batch(mode, name):
+    """A gradient of replicated parameters that is not summed over the devices."""
+    traced, static = split(ENCODINGS[name])
+    w, init, xs = make(np.nan, **ENCODINGS[name])
+    kind = "Explicit" if "explicit" in mode else "Auto"
+    kind = getattr(jax.sharding.AxisType, kind)
+    mesh = jax.make_mesh((4,), ("d",), axis_types=(kind,))
+    weights = jnp.cos(jnp.arange(N * 2.0)).reshape(N, 2)
+
+    def loss(params, h, xs, traced, weights):
+        init = (jnp.zeros_like(h), jnp.zeros(h.shape[:1], jnp.int32))
+        start = (h, init[1])
+        scan = partial(scan_segments, xs=xs, **traced, **static)
+        one = scan(partial(gru, params[0]), start)
+        both = bidirectional_scan(gru, params, (start, init), xs, **traced, **static)
+        a = {k: jnp.where(jnp.isnan(v), 0.0, v) for k, v in xs.items()}
+        ids = traced if "mask" not in traced else {"segment_ids": traced["mask"] + 0}
+        parallel = associative_scan_segments(jnp.add, a["b"], **ids, **static)
+        leaves = [one[0][0], both[0][0][0], both[0][1][0], parallel[:, :1]]
+        leaves += [jnp.sum(y["h"], 1) for y in (one[1], *both[1])]
+        return sum(jnp.sum(leaf * weights) for leaf in leaves)
+
+    grad = jax.value_and_grad(loss, (0, 1, 2))
+    operands = ((w, w), init[0], xs, traced, weights)
+    want = jax.jit(grad)(*operands)
+    with jax.set_mesh(mesh):
+        rows = jax.NamedSharding(mesh, jax.P("d"))
+        sharded = list(operands)
+        for i in {"explicit lengths": (3,), "explicit xs": (2,)}.get(
+            mode, (1, 2, 3, 4)
+        ):
+            sharded[i] = jax.device_put(operands[i], rows)
+        if mode == "shard_map":
+            spec = jax.P("d")
+
+            def local(*operands):
+                return jax.lax.psum(loss(*operands), "d")
+
+            in_specs = (jax.P(), spec, spec, spec, spec)
+            grad = jax.value_and_grad(
+                jax.shard_map(local, in_specs=in_specs, out_specs=jax.P()), (0, 1, 2)
+            )
+        got = jax.jit(grad)(*sharded)
+    close(jax.device_get(got), jax.device_get(want))
+
+
+ZEROS, SUM = np.zeros(2, np.int32), lambda c, x: (c + x, c)
+scan, both = scan_segments, bidirectional_scan
+ERRORS = (
+    (ValueError, "scan_segments: got none of lengths, segment_ids, cu_seqlens, mask",
+     lambda: scan(SUM, ZEROS, DIGITS)),
+    (ValueError, "got lengths and mask of", lambda: scan(SUM, ZEROS, DIGITS, [1, 1],
+                                                         mask=DIGITS > 0)),
+    (ValueError, "padding_id is 0, but .* by mask",
+     lambda: scan(SUM, ZEROS, DIGITS, mask=DIGITS > 0, padding_id=0)),
+    (TypeError, "mask has dtype int64.*boolean", lambda: scan(SUM, ZEROS, DIGITS,
+                                                              mask=DIGITS)),
+    (ValueError, r"xs is {}, a pytree without", lambda: scan(SUM, ZEROS, {}, [1, 1])),
+    (ValueError, r"lengths\[1\] is 5.* 4, the size of axis 1 of xs\['a'\]",
+     lambda: scan(SUM, ZEROS, {"a": DIGITS}, [1, 5])),
+    (ValueError, r"xs\['b'\] has shape \(2, 3\)",
+     lambda: scan(SUM, ZEROS, {"a": DIGITS, "b": DIGITS[:, :3]}, [1, 1])),
+    (ValueError, r"xs has shape \(4, 2\).*time-major, use axis=0",
+     lambda: scan(SUM, ZEROS, DIGITS.T, [1, 1])),
+    (ValueError, r"init\[0\] has shape \(3,\).*batch axes \(2,\)",
+     lambda: scan(SUM, (np.zeros(3),), DIGITS, [1, 1])),
+    (TypeError, "init is <function", lambda: scan(SUM, SUM, DIGITS, [1, 1])),
+    (TypeError, "f must return a pair .* returned JitTracer|f must return a pair",
+     lambda: scan(lambda c, x: c, ZEROS, DIGITS, [1, 1])),
+    (TypeError, "returned tuple of 3",
+     lambda: scan(lambda c, x: (c, x, x), ZEROS, DIGITS, [1, 1])),
+    (TypeError, r"carry of \('int32\[2\]', 'int32\[2\]'\), .*\['int32\[2\]', 'int32",
+     lambda: scan(lambda c, x: ([c[0], c[1]], x), (ZEROS, ZEROS), DIGITS, [1, 1])),
+    (TypeError, r"carry of int32\[2\], but returned one of float32\[2\]",
+     lambda: scan(lambda c, x: (c * 1.5, x), ZEROS, DIGITS, [1, 1])),
+    (ValueError, r"y of f has shape \(\).*batch axes \(2,\)",
+     lambda: scan(lambda c, x: (c, x.sum()), ZEROS, DIGITS, [1, 1])),
+    (ValueError, r"segment axis of xs is 2, but y of f has shape \(2,\)",
+     lambda: scan(lambda c, x: (c, c), ZEROS, DIGITS[:, None], [1, 1], axis=2)),
+    (TypeError, "unroll is 1.5", lambda: scan(SUM, ZEROS, DIGITS, [1, 1], unroll=1.5)),
+    (ValueError, "unroll is 0", lambda: scan(SUM, ZEROS, DIGITS, [1, 1], unroll=0)),
+    (TypeError, "params must be a pair .* is a tuple of 3",
+     lambda: both(total, (1, 1, 1), (ZEROS, ZEROS), DIGITS, [1, 1])),
+    (TypeError, "init must be a pair .* is a ndarray",
+     lambda: both(total, (1, 1), ZEROS, DIGITS, [1, 1])),
+    (ValueError, "params has the structure .* forward and .* backward",
+     lambda: both(total, (1, {"a": 1}), (ZEROS, ZEROS), DIGITS, [1, 1])),
+    (ValueError, r"params\['a'\] is int32\(\) forward and float32\(\) backward",
+     lambda: both(total, ({"a": 1}, {"a": 1.0}), (ZEROS, ZEROS), DIGITS, [1, 1])),
+    (TypeError, r"fn was given int32\(2, 2\), but returned float32\(2, 2\)",
+     lambda: associative_scan_segments(lambda a, b: a * 1.5, DIGITS, [1, 1])),
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("error, message, call", ERRORS)
+def test_bad_input_names_the_argument_and_the_remedy(error, message, call):
+    with pytest.raises(error, match=message):
+        call()
+
+
+def test_checkify_reports_lengths_out_of_range():
+    check = checkify.checkify
+    for run in (
+        lambda n: scan_segments(SUM, jnp.zeros(2, int), DIGITS, n),
+        lambda n: associative_scan_segments(jnp.add, DIGITS, n),
+    ):
+        error, _ = check(jax.jit(run))(jnp.array([4, 5]))
+        with pytest.raises(Exception, match=r"lengths\[1\] is 5.* 4"):
+            error.throw()
+        assert check(jax.jit(run))(jnp.array([4, 0]))[0].get() is None
+
+
+def test_no_transfer_from_the_host():
+    """With all operands on the device nothing may come from the host.
+
+    `jax.lax.associative_scan` itself moves constants where it runs outside of jit.
+    """
+    f = jax.jit(lambda c, x: (c + x, c))
+    operands = jax.tree.map(jnp.asarray, (ZEROS, DIGITS))
+    for encoding in (
+        dict(lengths=jnp.array([3, 2])),
+        dict(segment_ids=jnp.zeros((2, 4), int), padding_id=0),
+        dict(mask=jnp.ones((2, 4), bool)),
+    ):
+        with jax.transfer_guard("disallow"):
+            scan_segments(f, *operands, **encoding)
+            scan_segments(f, *operands, **encoding, reverse=True)
