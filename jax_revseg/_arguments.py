@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jax.export import is_symbolic_dim
 from jax.typing import ArrayLike
 
 AxisName = str | tuple[str, ...]
@@ -88,7 +89,7 @@ class Call(NamedTuple):
 
     def size(self, argument: str, value: Any) -> Any:
         """Returns a static size, which may be symbolic under `jax.export`."""
-        if jax.export.is_symbolic_dim(value):
+        if is_symbolic_dim(value):
             return value
         size = self.integer(argument, value)
         if size < 0:
@@ -221,11 +222,10 @@ def _host_scalar(value: Any, dtype: Any) -> Constant:
     """Casts the value, whatever its own dtype is, as JAX does for Python scalars."""
     dtype = np.dtype(dtype)
     value = value.item() if isinstance(value, (np.generic, np.ndarray)) else value
-    if dtype == bool or jnp.issubdtype(dtype, jnp.integer):
+    if dtype.kind == "b" or jnp.issubdtype(dtype, jnp.integer):
         number = int(value)
-        low, high = 0, 1
-        if dtype != bool:
-            low, high = jnp.iinfo(dtype).min, jnp.iinfo(dtype).max
+        info = None if dtype.kind == "b" else jnp.iinfo(dtype)
+        low, high = (info.min, info.max) if info else (0, 1)
         fits = value == number and low <= number <= high
         cast = np.asarray(number if fits else 0).astype(dtype)
     else:

@@ -13,6 +13,7 @@ from jax.tree_util import keystr, register_pytree_with_keys_class
 
 from jax_revseg._api import reverse_rows
 from jax_revseg._arguments import AxisName, BatchAxis, Call, Integers
+from jax_revseg._carry import alike
 from jax_revseg._segments import parse_arrays
 
 
@@ -34,11 +35,12 @@ def bidirectional(
 ) -> Bidirectional:
     """Makes a bidirectional layer from two layers that run forward.
 
-    `run(x, lengths)` is `merge(forward(x), reverse(backward(reverse(x))))`. The backward
-    layer gets the valid steps of each segment from the last to the first, and its
-    outputs return to the order of `x`. With one length a row, both layers process all
-    valid steps before any padding, so padding cannot affect valid outputs. The outputs
-    at padding are whatever the layers return there: mask them where they matter.
+    `run(x, lengths)` is `merge(forward(x), reverse(backward(reverse(x))))`. The
+    backward layer gets the valid steps of each segment from the last to the first, and
+    its outputs return to the order of `x`. With one length a row, both layers process
+    all valid steps before any padding, so padding cannot affect valid outputs. The
+    outputs at padding are whatever the layers return there: mask them where they
+    matter.
 
     With `segment_ids` or `cu_seqlens` segments keep their places, so the same ids serve
     both directions: give them to layers that restart at segments, as packed state
@@ -139,6 +141,9 @@ class Bidirectional:
             segment_ids=segment_ids,
             cu_seqlens=cu_seqlens,
         )
+        # Both layers get the sharding that the reversal gives to its result.
+        batch = range(len(layout.batch_axes))
+        x, segments = alike(call, (x, layout.batch_axes), (segments, batch))
         first = jax.tree.leaves(x)[0]
         axes = (*layout.batch_axes, layout.axis)
         sizes = tuple(first.shape[a] for a in axes)

@@ -56,7 +56,7 @@ def take_last(values: jax.Array, index: jax.Array) -> jax.Array:
 
 
 def _running_max(values: jax.Array) -> jax.Array:
-    """Doubles the reach in each round: works for symbolic sizes, needs no custom call."""
+    """Doubles the reach in each round, for symbolic sizes and without a custom call."""
     at = _iota(values.shape, values.ndim - 1)
 
     def step(i, values):

@@ -31,8 +31,8 @@ def leaf_array(call: Call, name: str, value: Any) -> jax.Array:
         array = jnp.asarray(value)
     except TypeError:
         call.fail(
-            f"{name} is {value!r} of type {type(value).__name__}, but must be an array; "
-            "close over anything else in f.",
+            f"{name} is {value!r} of type {type(value).__name__}, but must be an "
+            "array; close over anything else in f.",
             TypeError,
         )
     return jnp.asarray(array, array.dtype)
@@ -42,9 +42,9 @@ def check_batch(call: Call, name: str, array: Any, batch: tuple[int, ...]) -> No
     """Raises if an array does not start with the batch axes."""
     if jnp.shape(array)[: len(batch)] != batch:
         call.fail(
-            f"{name} has shape {jnp.shape(array)}, but its first axes must be the batch "
-            f"axes {batch}, one entry for each row; use jax.numpy.broadcast_to if all "
-            "rows are equal."
+            f"{name} has shape {jnp.shape(array)}, but its first axes must be the "
+            f"batch axes {batch}, one entry for each row; use jax.numpy.broadcast_to "
+            "if all rows are equal."
         )
 
 
@@ -58,8 +58,7 @@ def checked(call: Call, f: Callable[..., Any], batch: tuple[int, ...]):
         out = f(carry, x)
         if not isinstance(out, (tuple, list)) or len(out) != 2:
             call.fail(
-                f"f must return a pair (carry, y), but returned {type(out).__name__}"
-                f"{f' of {len(out)}' if isinstance(out, (tuple, list)) else ''}; return "
+                f"f must return a pair (carry, y), but returned {_kind(out)}; return "
                 "(carry, None) if there is no y.",
                 TypeError,
             )
@@ -87,13 +86,16 @@ def check_unroll(call: Call, unroll: Any) -> None:
 
 def as_pair(call: Call, name: str, pair: Any) -> tuple[Any, Any]:
     if not isinstance(pair, (tuple, list)) or len(pair) != 2:
-        size = f" of {len(pair)}" if isinstance(pair, (tuple, list)) else ""
         call.fail(
-            f"{name} must be a pair (forward, backward), but is a "
-            f"{type(pair).__name__}{size}.",
+            f"{name} must be a pair (forward, backward), but is a {_kind(pair)}.",
             TypeError,
         )
     return pair[0], pair[1]
+
+
+def _kind(value: Any) -> str:
+    size = f" of {len(value)}" if isinstance(value, (tuple, list)) else ""
+    return f"{type(value).__name__}{size}"
 
 
 def stack_pair(call: Call, name: str, pair: Any) -> Any:

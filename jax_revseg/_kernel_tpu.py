@@ -53,8 +53,8 @@ def plan(x: Any, layout: Layout) -> Plan:
 
     def refuse(why: str) -> NoReturn:
         raise ValueError(
-            f"reverse_segments: implementation is 'pallas', but x has shape {x.shape} "
-            f"and dtype {x.dtype}, and the kernel needs {why}; leave implementation out."
+            f"reverse_segments: implementation is 'pallas', but x has shape {x.shape}, "
+            f"dtype {x.dtype}, and the kernel needs {why}; leave implementation out."
         )
 
     axis, last = layout.axis, x.ndim - 1

@@ -152,8 +152,8 @@ def _rank_one(call: Call, lengths: Any) -> Any:
     values = call.integers("lengths", lengths)
     if values.ndim != 1:
         call.fail(
-            f"lengths has rank {values.ndim} (shape {values.shape}), but must have rank "
-            "1, one length for each segment; use jax.vmap over batches."
+            f"lengths has rank {values.ndim} (shape {values.shape}), but must have "
+            "rank 1, one length for each segment; use jax.vmap over batches."
         )
     return values
 

@@ -48,7 +48,8 @@ def _merged_spec(x, segments, layout):
         raise ValueError(
             f"reverse_segments: axis {layout.axis} of x, the segment axis, is sharded "
             f"over mesh axis {name!r}. Replicate that axis with jax.sharding.reshard, "
-            f"or exchange blocks with axis_name={name!r}:\n{_EXCHANGE.format(name=name)}"
+            f"or exchange blocks with axis_name={name!r}:\n"
+            + _EXCHANGE.format(name=name)
         )
     for i, name in enumerate(segments.sharding.spec):
         if name is None:

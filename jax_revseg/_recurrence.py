@@ -137,8 +137,8 @@ def restore_axis(call: Call, ys: Any, axis: int) -> Any:
         if axis >= y.ndim:
             call.fail(
                 f"the segment axis of xs is {axis}, but y{keystr(path)} of f has shape "
-                f"{y.shape[1:]}, too few axes to put it there; move the segment axis of "
-                "xs right after the batch axes."
+                f"{y.shape[1:]}, too few axes to put it there; move the segment axis "
+                "of xs right after the batch axes."
             )
         return jnp.moveaxis(y, 0, axis)
 

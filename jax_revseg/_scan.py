@@ -84,7 +84,7 @@ def scan_segments(
         axis where `xs` has it, and is zero at padding.
 
     Raises:
-        TypeError: An array is no array, `f` does not return a pair, or its carry differs
+        TypeError: A leaf is no array, `f` does not return a pair, or its carry differs
             from `init` in structure, shape or dtype.
         ValueError: Not exactly one encoding is given, or shapes or host values do not
             fit, as in `reverse_segments`.

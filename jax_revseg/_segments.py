@@ -109,8 +109,8 @@ class _Encoding(NamedTuple):
         values = self.call.integers(self.name, given)
         if self.name == "cu_seqlens" and values.shape[-1:] == (0,):
             self.call.fail(
-                f"cu_seqlens has shape {values.shape}, but its last axis needs at least "
-                "1 entry, the leading 0; K segments take K + 1 offsets."
+                f"cu_seqlens has shape {values.shape}, but its last axis needs at "
+                "least 1 entry, the leading 0; K segments take K + 1 offsets."
             )
         return values
 
@@ -153,8 +153,9 @@ class _Encoding(NamedTuple):
         if self.kind in ("ids", "mask") and shape[-1] != x_shape[axis]:
             self._disagree(
                 shape,
-                f"axis {axis} of {x_name} has size {x_shape[axis]}, so {self.name} needs "
-                f"that many entries a row, one for each position, but has {shape[-1]}",
+                f"axis {axis} of {x_name} has size {x_shape[axis]}, so {self.name} "
+                f"needs that many entries a row, one for each position, but has "
+                f"{shape[-1]}",
             )
         return Layout(self.kind, axis, batch_axes)
 
@@ -181,8 +182,8 @@ class _Encoding(NamedTuple):
             if self.kind in ("ids", "mask"):
                 remedy += f" ({self.name} stays batch-major)"
         return (
-            f"the batch axes {batch_axes} of {self.call.x_name} have sizes {sizes}, but "
-            f"{self.name} has {batch}; {remedy}"
+            f"the batch axes {batch_axes} of {self.call.x_name} have sizes {sizes}, "
+            f"but {self.name} has {batch}; {remedy}"
         )
 
     def _raise_at(self, bad: np.ndarray, values: np.ndarray, rule: str) -> None:
