@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 from types import BuiltinFunctionType, FunctionType
 from typing import Any
@@ -46,15 +48,19 @@ def bidirectional(
     both directions: give them to layers that restart at segments, as packed state
     space models do.
 
-    The result is a pytree with `forward` and `backward` as children (plain functions
-    are static). So it can be a field of an Equinox module, or `flax.nnx.data(...)` in
-    an NNX module, and its layers train, are saved and are counted.
+    The result is a pytree with `forward` and `backward` as children. So it can be a
+    field of an Equinox module or an attribute of an NNX module: its layers train, are
+    counted, saved and restored. In Haiku and Linen, call `bidirectional` where the
+    layers are called. A plain function is static, and the parameters that it closes
+    over are constants: to train them, pass `jax.tree_util.Partial(f, params)`. The
+    result can be pickled where its layers can.
 
     Args:
         forward: Function of `x` that returns an array or a pytree of arrays, each with
             the batch and segment axes of `x`. Return only outputs, no final carry: for
-            final states use `bidirectional_scan`. (An array whose sizes at these axes
-            happen to be equal is taken for an output.)
+            final states use `scan_segments` or `bidirectional_scan`. A final carry
+            whose sizes at these axes happen to equal those of `x` is not noticed, and
+            comes back reversed.
         backward: The same, for the other direction.
         merge: Function of the two results. The default concatenates the last axes.
 
@@ -83,16 +89,21 @@ def bidirectional(
     Transactions on Signal Processing 45 (1997), for ragged rows as in
     `tf.keras.layers.Bidirectional` and Flax's `Bidirectional`.
     """
+    # Flax NNX looks into attributes of registered types alone, and asks for
+    # `nnx.data(...)` around all others. Who has NNX layers has imported it.
+    if nnx := sys.modules.get("flax.nnx"):
+        nnx.register_data_type(Bidirectional)
     return Bidirectional(forward, backward, merge)
 
 
 @register_pytree_with_keys_class
+@dataclass(eq=False)
 class Bidirectional:
     """A bidirectional layer: see `bidirectional`."""
 
-    def __init__(self, forward: Any, backward: Any, merge: Any) -> None:
-        """Keeps the two layers, and the function that merges their results."""
-        self.forward, self.backward, self.merge = forward, backward, merge
+    forward: Any
+    backward: Any
+    merge: Any
 
     def tree_flatten_with_keys(self) -> tuple[Any, Any]:
         """Children are layers with leaves; a plain function is static."""
@@ -110,11 +121,11 @@ class Bidirectional:
     def tree_unflatten(cls, aux: Any, children: Any) -> Bidirectional:
         """Undoes `tree_flatten_with_keys`."""
         static, children = dict(aux[0]), iter(children)
-        layers = [
+        forward, backward = (
             static[name] if name in static else next(children)
             for name in ("forward", "backward")
-        ]
-        return cls(*layers, aux[1])
+        )
+        return cls(forward, backward, aux[1])
 
     def __call__(
         self,
@@ -152,9 +163,9 @@ class Bidirectional:
             shape = jax.numpy.shape(y)
             if len(shape) <= max(axes) or tuple(shape[a] for a in axes) != sizes:
                 call.fail(
-                    f"{name} returned {keystr(path) or 'an array'} of shape {shape}, "
-                    f"but every output must have sizes {sizes} at axes {axes}, as x "
-                    "has; return only the outputs, and for final states use "
+                    f"{name} returned output{keystr(path)} of shape {shape}, but every "
+                    f"output must have sizes {sizes} at axes {axes}, as x has; return "
+                    "only the outputs, and for final states use scan_segments or "
                     "bidirectional_scan."
                 )
             return y

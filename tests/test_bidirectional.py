@@ -1,11 +1,16 @@
 """bidirectional: reverse, run, reverse back, merge."""
 
+import pickle
+import sys
+from operator import add
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.tree_util import Partial, keystr, tree_leaves_with_path
 
-from jax_revseg import _reference, bidirectional
+from jax_revseg import _reference, associative_scan_segments, bidirectional
 from tests.cases import assert_same_bits
 
 LENGTHS = np.array([0, 1, 3, 5])
@@ -82,6 +87,44 @@ def test_pytrees():
         assert_same_bits(got, expected.astype(np.int32))
 
 
+IDS = np.array([[4, 4, 1, 1, 1], [0, 2, 2, 0, 2], [3] * 5, [0] * 5])
+OFFSETS = np.array([[0, 2, 5], [0, 0, 3], [0, 5, 5], [0, 0, 0]])
+
+
+@pytest.mark.parametrize("jit", (False, True))
+@pytest.mark.parametrize(
+    "packed",
+    (
+        dict(segment_ids=IDS),
+        dict(segment_ids=IDS, padding_id=0),
+        dict(cu_seqlens=OFFSETS),
+    ),
+    ids=lambda packed: "-".join(packed),
+)
+def test_packed(packed, jit):
+    """Segments move, or a layer that restarts at the same ids restarts elsewhere."""
+    x = numbers((4, 5, 2))
+
+    def layer(x):
+        return associative_scan_segments(jnp.add, x, **packed)
+
+    run = bidirectional(layer, layer, merge=lambda *both: both)
+    forward, backward = (jax.jit(run, static_argnames="padding_id") if jit else run)(
+        x, **packed
+    )
+    ids, offsets = packed.get("segment_ids"), packed.get("cu_seqlens")
+    for n, row in enumerate(x):
+        if ids is not None:
+            bounds = _reference.id_bounds(ids[n], packed.get("padding_id"))
+        else:
+            bounds = _reference.packed_bounds(np.diff(offsets[n]), 5)
+        for start, end in bounds:
+            values = row[start:end]
+            np.testing.assert_array_equal(forward[n, start:end], values.cumsum(0))
+            from_end = values[::-1].cumsum(0)[::-1]
+            np.testing.assert_array_equal(backward[n, start:end], from_end)
+
+
 def test_gradients():
     """A gradient from padding reaches a valid step, or one direction gets none."""
     x = numbers((4, 5, 2)).astype(np.float32)
@@ -114,7 +157,7 @@ def test_errors():
     """The message names a function that the user did not call, or no argument."""
     x, run = numbers((4, 5, 2)), bidirectional(sums, sums)
     for call, error, pattern in (
-        (lambda: run([], [1]), ValueError, r"x is \[\].*at least 1 array"),
+        (lambda: run([], [1]), ValueError, r"x is \[\].*at least 1"),
         (lambda: run("abc", [1]), TypeError, "x must be an array.*type str"),
         (lambda: run(x, [1, 2]), ValueError, r"sizes \(4,\).*lengths has \(2,\)"),
         (lambda: run(x, [6] * 4), ValueError, r"lengths\[0\] is 6.*0 and 5"),
@@ -123,7 +166,87 @@ def test_errors():
     ):
         with pytest.raises(error, match=f"(?s)^bidirectional: .*{pattern}"):
             call()
+    for packed in (dict(segment_ids=IDS[:3]), dict(cu_seqlens=OFFSETS[:3])):
+        name = next(iter(packed))
+        with pytest.raises(ValueError, match=f"(?s)^bidirectional: .*{name} has"):
+            run(x, **packed)
+    with pytest.raises(ValueError, match="^bidirectional: .*exactly one of"):
+        run(x)
     other = {"a": x, "b": x[:3]}
     tree = bidirectional(lambda x: x["a"], lambda x: x["a"])
     with pytest.raises(ValueError, match=r"\(3,\).*lengths has \(4,\)"):
         tree(other, LENGTHS)
+
+
+@pytest.mark.parametrize("side", ("forward", "backward"))
+@pytest.mark.parametrize(
+    "carry, where",
+    (
+        (lambda x: (x[:, -1], x), r"\[0\] of shape \(4, 2\)"),
+        (lambda x: {"ys": x, "h": x[:3]}, r"\['h'\] of shape \(3, 5, 2\)"),
+        (lambda x: x[0, 0], r" of shape \(2,\)"),
+        (lambda x: jnp.swapaxes(x, 0, 1), r" of shape \(5, 4, 2\)"),
+    ),
+)
+def test_final_carries_are_refused(carry, where, side):
+    """A carry comes back with its features reversed, in silence."""
+    layers = {"forward": sums, "backward": sums} | {side: carry}
+    with pytest.raises(ValueError, match="only the outputs.* bidirectional_scan") as e:
+        bidirectional(**layers)(numbers((4, 5, 2)), LENGTHS)
+    message = str(e.value)
+    assert message.startswith(f"bidirectional: {side} returned output"), message
+    assert "sizes (4, 5) at axes (0, 1)" in message
+    assert e.match(where)
+
+
+def test_results_of_different_structures():
+    """The default merge fails without a word about the layers; another need not."""
+    x, layers = numbers((4, 5, 2)), (lambda x: (x, x), lambda x: [x])
+    with pytest.raises(
+        ValueError, match=r"^bidirectional: forward.*\(\*, \*\).*\[\*\]"
+    ):
+        bidirectional(*layers)(x, LENGTHS)
+    forward, backward = bidirectional(*layers, merge=lambda *both: both)(x, LENGTHS)
+    assert len(forward) == 2 and len(backward) == 1
+
+
+def scaled(scale, x):
+    return scale * jnp.cumsum(x, 1)
+
+
+def test_is_a_pytree_of_its_layers():
+    """A layer's parameters are hidden, or a function is taken for a parameter."""
+    x = numbers((4, 5, 2)).astype(np.float32)
+    run = bidirectional(Partial(scaled, 2.0), sums, merge=add)
+    leaves = tree_leaves_with_path(run)
+    [(path, leaf)] = leaves
+    assert keystr(path).startswith(".forward") and leaf == 2
+    doubled = jax.jit(lambda run: jax.tree.map(lambda scale: 2 * scale, run))(run)
+    assert doubled.merge is add and doubled.backward is sums
+    expected = bidirectional(Partial(scaled, 4.0), sums, merge=add)(x, LENGTHS)
+    assert_same_bits(doubled(x, LENGTHS), expected)
+    gradient = jax.grad(lambda run: run(x, LENGTHS).sum())(run)
+    assert gradient.forward.args[0] == np.cumsum(x, 1).sum()
+
+    other_way = bidirectional(sums, Partial(scaled, 2.0))
+    [(path, _)] = tree_leaves_with_path(other_way)
+    assert keystr(path).startswith(".backward")
+    assert jax.tree.map(lambda leaf: leaf, other_way).forward is sums
+
+
+def test_can_be_pickled():
+    """A model that holds it cannot be saved, nor sent to another process."""
+    x = numbers((4, 5, 2))
+    for merge in ({}, {"merge": add}):
+        run = bidirectional(Partial(scaled, 2), sums, **merge)
+        again = pickle.loads(pickle.dumps(run))
+        assert jax.tree.structure(again) == jax.tree.structure(run)
+        assert_same_bits(again(x, LENGTHS), run(x, LENGTHS))
+        assert "forward=" in repr(again)
+
+
+def test_asks_for_no_framework(monkeypatch):
+    """Flax is imported by a library whose only dependencies are jax and numpy."""
+    monkeypatch.delitem(sys.modules, "flax.nnx", raising=False)
+    bidirectional(sums, sums)
+    assert "flax.nnx" not in sys.modules
