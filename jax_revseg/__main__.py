@@ -2,7 +2,7 @@
 
 Every encoding of the segments, forward and gradient, is compared bit for bit with the
 NumPy loops of `_reference.py` on each kind of device that JAX finds, and a few sizes
-are timed against a copy on the same device. The exit status is 1 if anything differs.
+are timed beside a copy on the same device. The exit status is 1 if anything differs.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from collections.abc import Callable
 from functools import partial
 from importlib import metadata
 from itertools import product
-from typing import Any, NamedTuple, get_args
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -25,9 +25,8 @@ import numpy as np
 
 import jax_revseg
 from jax_revseg import _reference, reverse_segments, reverse_sequence
-from jax_revseg._primitive import Implementation
 
-# Lengths of 0, 1 and T; past both ends, which a device cuts to the axis; and ordinary.
+# Lengths of 0, 1 and T; past both ends, which are clipped on a device; and ordinary.
 ROWS, STEPS = 6, 300
 LENGTHS = np.array([0, 1, STEPS, STEPS + 50, -3, 171], np.int32)
 PACKED = np.array(
@@ -40,6 +39,8 @@ IDS = np.stack([np.roll(IDS, 7 * row) for row in range(ROWS)])
 # Rows, steps, features, segments a row: 32 MB of float32 each.
 SIZES = [(64, 512, 256, 1), (1024, 8192, 1, 1), (16, 2048, 256, 16)]
 
+Say = Callable[[str], None]
+
 
 class Case(NamedTuple):
     """One way to say where the segments lie, and the reference's word for it."""
@@ -48,23 +49,17 @@ class Case(NamedTuple):
     layout: str
     argument: str
     segments: np.ndarray
-    options: dict[str, Any]
+    options: dict[str, Any] = {}
 
 
 CASES = [
-    Case("lengths (N,)", "padded", "lengths", LENGTHS, {}),
+    Case("lengths (N,)", "padded", "lengths", LENGTHS),
     Case("lengths (N,), time-major", "padded", "lengths", LENGTHS, {"axis": 0}),
-    Case(
-        "lengths (N,), overwritten", "padded", "lengths", LENGTHS, {"padding_value": 0}
-    ),
-    Case("lengths (N, K)", "packed", "lengths", PACKED, {}),
-    Case("cu_seqlens (N, K + 1)", "packed", "cu_seqlens", OFFSETS, {}),
+    Case("lengths (N,), filled", "padded", "lengths", LENGTHS, {"padding_value": 0}),
+    Case("lengths (N, K)", "packed", "lengths", PACKED),
+    Case("cu_seqlens (N, K + 1)", "packed", "cu_seqlens", OFFSETS),
     Case("segment_ids (N, T)", "ids", "segment_ids", IDS, {"padding_id": 0}),
 ]
-
-
-def _bits(array: Any) -> bytes:
-    return np.asarray(array).tobytes()
 
 
 def _random_bits(rng: np.random.Generator, shape: tuple[int, ...], dtype: Any) -> Any:
@@ -74,113 +69,85 @@ def _random_bits(rng: np.random.Generator, shape: tuple[int, ...], dtype: Any) -
 
 
 def check_case(
-    case: Case, features: tuple[int, ...], dtype: Any, device: Any, implementation: str
+    case: Case, features: tuple[int, ...], dtype: Any, device: Any, implementation: Any
 ) -> dict[str, Any]:
     """Whether values and gradient are right; null for what does not apply."""
     axis = case.options.get("axis", 1)
-    shape = (STEPS, ROWS) if axis == 0 else (ROWS, STEPS)
+    shape = ((STEPS, ROWS) if axis == 0 else (ROWS, STEPS)) + features
     rng = np.random.default_rng(0)
-    x, ct = (_random_bits(rng, (*shape, *features), dtype) for _ in range(2))
+    x, ct = (_random_bits(rng, shape, dtype) for _ in range(2))
     if "padding_value" in case.options:  # XLA's select may set the quiet bit of a NaN.
         with np.errstate(invalid="ignore"):
             x, ct = (np.where(a == a, a, np.nan).astype(dtype) for a in (x, ct))
-    result: dict[str, Any] = {
-        "encoding": case.name,
-        "implementation": implementation,
-        "shape": list(x.shape),
-        "dtype": str(x.dtype),
-        "forward": False,
-        "gradient": None,
-    }
+    reverse = reverse_sequence if case.layout == "padded" else reverse_segments
 
     def function(x: jax.Array, segments: jax.Array) -> jax.Array:
-        reverse = reverse_sequence if case.layout == "padded" else reverse_segments
         named = {case.argument: segments, "implementation": implementation}
         return reverse(x, **named, **case.options)
 
-    def gradient(ct: jax.Array, x: jax.Array, segments: jax.Array) -> jax.Array:
+    def gradient(x: jax.Array, segments: jax.Array, ct: jax.Array) -> jax.Array:
         return jax.vjp(lambda x: function(x, segments), x)[1](ct)[0]
 
-    def reference(array: np.ndarray) -> np.ndarray:
-        # Offsets are checked through the lengths that lie between them.
+    def right(out: Any, given: np.ndarray) -> bool:
         offsets = case.argument == "cu_seqlens"
-        return _reference.reverse(
-            array,
-            np.diff(case.segments) if offsets else case.segments,
-            axis=axis,
-            batch_axes=(1 - axis,),
-            layout=case.layout,
-            padding_id=case.options.get("padding_id"),
-            padding_value=case.options.get("padding_value"),
+        segments = np.diff(case.segments) if offsets else case.segments
+        options = {"axis": axis} | case.options
+        want = _reference.reverse(
+            given, segments, batch_axes=(1 - axis,), layout=case.layout, **options
         )
+        return np.asarray(out).tobytes() == want.tobytes()
 
+    result: dict[str, Any] = {"encoding": case.name, "implementation": implementation}
+    result |= {"shape": list(shape), "dtype": str(x.dtype)}
+    result |= {"forward": False, "gradient": None}
     try:
-        operands = jax.device_put((x, case.segments), device)
-        out = jax.jit(function)(*operands)
-        result["forward"] = _bits(out) == _bits(reference(x))
-        if jnp.issubdtype(dtype, jnp.inexact):
-            out = jax.jit(gradient)(jax.device_put(ct, device), *operands)
-            result["gradient"] = _bits(out) == _bits(reference(ct))
-    except Exception as error:  # A compiler that fails is what we want to hear of.
+        # The values are NaN on purpose.
+        with jax.debug_nans(False), jax.debug_infs(False):
+            operands = jax.device_put((x, case.segments, ct), device)
+            result["forward"] = right(jax.jit(function)(*operands[:2]), x)
+            if jnp.issubdtype(dtype, jnp.inexact):
+                result["gradient"] = right(jax.jit(gradient)(*operands), ct)
+    except Exception as error:  # A report must name whatever a compiler raises.
         result["error"] = f"{type(error).__name__}: {error}"
     return result
 
 
-def _seconds(run: Callable[..., jax.Array], operands: Any, out: jax.Array, n: int):
-    """The time of one call, each writing into the output of the one before."""
-    start = time.perf_counter()
-    for _ in range(n):
-        out = run(*operands, out)
-    out.block_until_ready()
-    return (time.perf_counter() - start) / n, out
-
-
 def time_case(
-    shape: tuple[int, ...], segments_per_row: int, device: Any, implementation: str
+    shape: tuple[int, ...], segments_per_row: int, device: Any, implementation: Any
 ) -> dict[str, Any]:
     """The time of a reversal beside that of a copy, both into donated memory."""
     rng = np.random.default_rng(0)
-    if segments_per_row == 1:
-        function = reverse_sequence
-        lengths = rng.integers(0, shape[1] + 1, shape[0], np.int32)
-    else:
-        function = reverse_segments
-        most = shape[1] // segments_per_row
-        lengths = rng.integers(0, most + 1, (shape[0], segments_per_row), np.int32)
-    with jax.default_device(device):
-        x = jnp.zeros(shape, jnp.float32)
-        outs = [jnp.zeros_like(x), jnp.zeros_like(x)]
-    operands = [(x, jax.device_put(lengths, device)), (x,)]
+    function, size = reverse_sequence, shape[:1]
+    if segments_per_row > 1:
+        function, size = reverse_segments, (shape[0], segments_per_row)
+    lengths = rng.integers(0, shape[1] // segments_per_row + 1, size, np.int32)
+    x, lengths = jax.device_put((np.zeros(shape, np.float32), lengths), device)
     ours = partial(function, implementation=implementation)
     runs = [
         jax.jit(lambda x, s, out: ours(x, s), donate_argnums=2, keep_unused=True),
-        jax.jit(lambda x, out: jnp.copy(x), donate_argnums=1, keep_unused=True),
+        jax.jit(lambda x, s, out: jnp.copy(x), donate_argnums=2, keep_unused=True),
     ]
-    # On an accelerator the dispatch of a call hides behind the ones before, if the
-    # burst is long; a CPU needs milliseconds for each anyway.
+    outs = [jnp.zeros_like(x), jnp.zeros_like(x)]
+    # On an accelerator a long burst hides the dispatch of its calls.
     burst = 3 if device.platform == "cpu" else 32
     samples: list[list[float]] = [[], []]
     for repeat in range(8):
         for i, run in enumerate(runs):
-            seconds, outs[i] = _seconds(run, operands[i], outs[i], burst)
+            start = time.perf_counter()
+            for _ in range(burst):
+                outs[i] = run(x, lengths, outs[i])
+            outs[i].block_until_ready()
             if repeat > 0:  # The first calls compile and touch the memory.
-                samples[i].append(seconds)
-    seconds, copy_seconds = map(statistics.median, samples)
-    return {
-        "implementation": implementation,
-        "shape": list(shape),
-        "dtype": "float32",
-        "segments_per_row": segments_per_row,
-        "ms": round(seconds * 1e3, 4),
-        "copy_ms": round(copy_seconds * 1e3, 4),
-        "ratio": round(
-            statistics.median(a / b for a, b in zip(*samples, strict=True)), 3
-        ),
-    }
+                samples[i].append((time.perf_counter() - start) / burst * 1e3)
+    ratio = statistics.median(a / b for a, b in zip(*samples, strict=True))
+    ms, copy_ms = (round(statistics.median(times), 4) for times in samples)
+    result = {"implementation": implementation, "shape": list(shape)}
+    result |= {"dtype": "float32", "segments_per_row": segments_per_row}
+    return result | {"ms": ms, "copy_ms": copy_ms, "ratio": round(ratio, 3)}
 
 
-def report(quick: bool, say: Callable[[str], None]) -> dict[str, Any]:
-    """All checks and times on one device of each kind, saying each as it is known."""
+def _devices() -> dict[str, Any]:
+    """One device of each kind."""
     kinds: dict[str, Any] = {}
     for backend in dict.fromkeys((jax.default_backend(), "cpu")):
         try:
@@ -189,73 +156,76 @@ def report(quick: bool, say: Callable[[str], None]) -> dict[str, Any]:
             continue
         for device in devices:
             kinds.setdefault(f"{device.platform} ({device.device_kind})", device)
-    result: dict[str, Any] = {
-        "versions": {
-            "jax_revseg": jax_revseg.__version__,
-            "jax": jax.__version__,
-            "jaxlib": metadata.version("jaxlib"),
-            "numpy": np.__version__,
-            "python": platform.python_version(),
-        },
-        "machine": platform.platform(),
-        "devices": [str(device) for device in jax.devices()],
-        "platform_version": jax.devices()[0].client.platform_version,
-        "checks": [],
-        "times": [],
-    }
-    say(", ".join(f"{name} {version}" for name, version in result["versions"].items()))
-    say(f"{result['machine']}; devices: {', '.join(result['devices'])}")
+    return kinds
 
+
+def _check_all(kind: str, device: Any, quick: bool, say: Say) -> list[dict[str, Any]]:
+    """Every encoding with several dtypes; says each result at once."""
     words = {True: "right", False: "WRONG", None: "-"}
     data: list[tuple[tuple[int, ...], Any]] = [((), jnp.float32), ((256,), jnp.float32)]
     if not quick:
         data += [((3,), jnp.bfloat16), ((), jnp.int8)]
-    for kind, device in kinds.items():
-        # Anywhere else, "pallas" is the same gather.
-        tpu = device.platform == "tpu"
-        implementations = get_args(Implementation) if tpu else ("xla",)
-        # The kernel for TPUs treats small values in a way of its own.
-        small = [((256,), jnp.bfloat16), ((256,), jnp.int8)] if tpu else []
-        say(f"\n{kind}\n  {'':28} {'shape':16} {'dtype':9} {'by':7} forward  gradient")
-        for case, (features, dtype), by in product(
-            CASES, data + small, implementations
-        ):
-            check = {"device": kind, **check_case(case, features, dtype, device, by)}
-            result["checks"].append(check)
-            say(
-                f"  {check['encoding']:28} {str(tuple(check['shape'])):16} "
-                f"{check['dtype']:9} {by:7} {words[check['forward']]:8} "
-                f"{words[check['gradient']]} {check.get('error', '')}".rstrip()
-            )
-        if quick:
-            continue
-        say(f"\n  {'float32, donated output':28} segments  {'by':7} ms       to a copy")
-        scale = 1 if device.platform == "cpu" else 8  # 32 MB would fit into a cache.
-        for (rows, *rest, segments), by in product(SIZES, implementations):
-            shape = (rows * scale, *rest)
-            timing = {"device": kind, **time_case(shape, segments, device, by)}
-            result["times"].append(timing)
-            say(
-                f"  {str(shape):28} {segments:<9} {by:7} {timing['ms']:<8.3g} "
-                f"{timing['ratio']:.2f}"
-            )
+    runs: list[tuple[Any, ...]] = list(product(CASES, data, (None,)))
+    if device.platform == "tpu":  # The kernel takes rows of many features only.
+        batch_major = [case for case in CASES if "axis" not in case.options]
+        rows = [((256,), dtype) for dtype in (jnp.float32, jnp.bfloat16, jnp.int8)]
+        runs += product(batch_major, rows, (None, "pallas"))
+    say(f"\n{kind}\n  {'':26} {'shape':15} {'dtype':9} {'by':7} forward  gradient")
+    checks = []
+    for case, (features, dtype), by in runs:
+        check = {"device": kind, **check_case(case, features, dtype, device, by)}
+        checks.append(check)
+        say(
+            f"  {check['encoding']:26} {str(tuple(check['shape'])):15} "
+            f"{check['dtype']:9} {by or '':7} {words[check['forward']]:8} "
+            f"{words[check['gradient']]} {check.get('error', '')}".rstrip()
+        )
+    return checks
 
-    wrong = [
-        check
-        for check in result["checks"]
-        if False in (check["forward"], check["gradient"]) or "error" in check
-    ]
-    count, where = len(result["checks"]), ", ".join(kinds)
-    result["ok"] = count > 0 and not wrong
-    result["summary"] = (
-        f"All is right: {count} checks on {where}."
-        if result["ok"]
-        else f"SOMETHING IS WRONG: {len(wrong)} of {count} checks on {where} failed; "
-        "please report it with the output of `python -m jax_revseg --json`."
-    )
-    if quick:
-        say("\ntimes: not run, because of --quick")
-    say("\n" + result["summary"])
+
+def _time_all(kind: str, device: Any, say: Say) -> list[dict[str, Any]]:
+    """A few sizes beside a copy; says each result at once."""
+    say(f"\n  {'float32, donated output':26} segments  {'by':7} ms       to a copy")
+    scale = 1 if device.platform == "cpu" else 8  # 32 MB would fit into a cache.
+    times = []
+    for rows, *rest, segments in SIZES:
+        kernel = device.platform == "tpu" and rest[-1] > 1
+        for by in (None, "pallas") if kernel else (None,):
+            timing = time_case((rows * scale, *rest), segments, device, by)
+            times.append({"device": kind, **timing})
+            say(
+                f"  {str(tuple(timing['shape'])):26} {segments:<9} {by or '':7} "
+                f"{timing['ms']:<8.3g} {timing['ratio']:.2f}"
+            )
+    return times
+
+
+def report(quick: bool, say: Say) -> dict[str, Any]:
+    """All checks and times on one device of each kind."""
+    versions = {p: metadata.version(p) for p in ("jax", "jaxlib", "numpy")}
+    versions |= {"jax_revseg": jax_revseg.__version__}
+    versions |= {"python": platform.python_version()}
+    result: dict[str, Any] = {"versions": versions, "machine": platform.platform()}
+    result["devices"] = [str(device) for device in jax.devices()]
+    result["platform_version"] = jax.devices()[0].client.platform_version
+    checks, times = result["checks"], result["times"] = [], []
+    say(", ".join(f"{name} {version}" for name, version in versions.items()))
+    say(f"{result['machine']}; devices: {', '.join(result['devices'])}")
+    kinds = _devices()
+    for kind, device in kinds.items():
+        checks += _check_all(kind, device, quick, say)
+        times += [] if quick else _time_all(kind, device, say)
+    bad = [c for c in checks if False in (c["forward"], c["gradient"]) or "error" in c]
+    result["ok"] = bool(checks) and not bad
+    where = f"{len(checks)} checks on {', '.join(kinds)}"
+    result["summary"] = f"All is right: {where}."
+    if not result["ok"]:
+        result["summary"] = (
+            f"SOMETHING IS WRONG: {len(bad)} of {where} failed; please report it with "
+            "the output of `python -m jax_revseg --json`."
+        )
+    say("\ntimes: not run, because of --quick\n" if quick else "")
+    say(result["summary"])
     return result
 
 

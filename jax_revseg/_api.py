@@ -286,5 +286,5 @@ def reverse_segment_order(
     each = _reverse(rows.x, rows.segments, layout, how)
     totals = compiled(_totals, layout)(rows.x, rows.segments)
     out = _reverse(each, totals, layout._replace(kind="padded"), how)
-    lengths = compiled(_reversed_lengths, layout, call.devices)(x, segments)
-    return rows.restore(out), lengths
+    reversed_lengths = compiled(_reversed_lengths, layout, call.devices)(x, segments)
+    return rows.restore(out), reversed_lengths

@@ -68,7 +68,7 @@ class Call(NamedTuple):
                 TypeError,
             )
         try:
-            return jnp.asarray(x if known else np.from_dlpack(x))
+            return jnp.asarray(x if known else np.from_dlpack(x))  # pyright: ignore
         except Exception as error:  # Each framework has its own for other devices.
             self.fail(
                 f"{self.x_name} has dtype {getattr(x, 'dtype', None)} and type "
@@ -206,7 +206,7 @@ class Call(NamedTuple):
         )
 
 
-def split_constant(value: Constant | jax.Array) -> tuple[Constant | None, Any]:
+def split_constant(value: Constant | jax.Array | None) -> tuple[Constant | None, Any]:
     """Splits a scalar into its static form, if on the host, and its traced form."""
     return (value, None) if isinstance(value, Constant) else (None, value)
 
@@ -230,7 +230,7 @@ def _host_scalar(value: Any, dtype: Any) -> Constant:
         cast = np.asarray(number if fits else 0).astype(dtype)
     else:
         is_complex = jnp.issubdtype(dtype, jnp.complexfloating)
-        number = np.asarray(value, complex if is_complex else float)
+        number: Any = np.asarray(value, complex if is_complex else float)
         limit = float(jnp.finfo(dtype).max)
         parts = [part for part in (number.real, number.imag) if np.isfinite(part)]
         with np.errstate(all="ignore"):

@@ -24,11 +24,11 @@ Primitive = core.Primitive
 JAX_VERSION = jax.__version_info__  # Numbers, also for a release candidate.
 
 
-def varying(x: Any) -> frozenset[Any]:
+def varying(x: Any) -> frozenset[str]:
     """Returns the manual mesh axes over which an array or an aval varies."""
-    aval = x if isinstance(x, core.AbstractValue) else jax.typeof(x)
-    # From 0.10.0 on the older attribute is always empty.
-    if JAX_VERSION >= (0, 10):
+    aval: Any = x if isinstance(x, core.AbstractValue) else jax.typeof(x)
+    # The older attribute is always empty there.
+    if JAX_VERSION >= (0, 10):  # From 0.10.0 on.
         return frozenset(aval.mat.varying)
     return frozenset(aval.vma)
 

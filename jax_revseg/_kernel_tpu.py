@@ -156,22 +156,43 @@ def _kernel(
         _bitcast(target, out)
 
 
-def _table(segments: jax.Array, size: int, layout: Layout, block: Any, batched: bool):
-    """The lengths, or the source of each step; rows that share a block side by side."""
-    if layout.kind == "padded":
+def _table(segments: Any, x: Any, plan: Plan, layout: Layout, index: Any) -> Any:
+    """The lengths, or the source of each step, and the part that a block of x needs.
+
+    `index` gives the block of `x` at each grid step. Rows that share a block of `x`
+    share one of the table.
+    """
+    size, before = x.shape[layout.axis], x.ndim - 2
+    by_length, batched = layout.kind == "padded", _batched(x, plan, layout)
+    if by_length:
         table = clip_lengths(segments, size)[..., None]
     else:
         table = source_index(segments, size, layout)
     outer = sorted(layout.batch_axes)  # The axis before the last of x comes last.
-    order = (*map(layout.batch_axes.index, outer), len(outer))
-    table = lax.transpose(table, order)
-    if not batched:
+    table = lax.transpose(table, (*map(layout.batch_axes.index, outer), len(outer)))
+    if batched:
+        outer.remove(before)
+    else:
         table = table[..., None, :]
+    block = (plan.rows if batched else 1, 1 if by_length else plan.steps)
     # A block may read beyond the end of x; that must be in VMEM, but is not used.
     padding = [(0, 0, 0)] * (table.ndim - 2) + [
         (0, -n % m, 0) for n, m in zip(table.shape[-2:], block, strict=True)
     ]
-    return lax.pad(table.astype(jnp.int32), 0, padding)
+    table = lax.pad(table.astype(jnp.int32), 0, padding)
+
+    def table_index(*ids: Any) -> tuple[Any, ...]:
+        at = index(*ids)
+        row, step = at[before] if batched else 0, 0 if by_length else ids[-1]
+        return (*(at[a] for a in outer), row, step)
+
+    shape = (*(None for _ in outer), *block)
+    return table, pl.BlockSpec(shape, table_index, memory_space=pltpu.SMEM)
+
+
+def _batched(x: Any, plan: Plan, layout: Layout) -> bool:
+    """Whether a block has several rows, each with segments of its own."""
+    return plan.rows is not None and x.ndim - 2 in layout.batch_axes
 
 
 def _word_shapes(plan: Plan, batched: bool, packed: int) -> list[tuple[int, ...]]:
@@ -197,8 +218,7 @@ def reverse(
     """Reverses segments, in the blocks that `plan` found for x."""
     axis, last = layout.axis, x.ndim - 1
     steps, blocks, width, rows = plan
-    batched = rows is not None and last - 1 in layout.batch_axes
-    by_length = layout.kind == "padded"
+    batched = _batched(x, plan, layout)
 
     # The grid covers all axes of x, the segment axis last: one input block holds that
     # whole axis and is fetched once. Other axes are cut to single indices.
@@ -208,23 +228,16 @@ def reverse(
         block[last - 1] = rows
     block[last], block[axis] = width, steps
     x_block = [*block[:axis], steps * blocks, *block[axis + 1 :]]
-    table_block = (rows or 1 if batched else 1, 1 if by_length else steps)
-    table = _table(segments, x.shape[axis], layout, table_block, batched)
-    outer = sorted(set(layout.batch_axes) - ({last - 1} if batched else set()))
 
     def index(*ids: Any) -> tuple[Any, ...]:
         return tuple(ids[order.index(a)] for a in range(x.ndim))
 
-    def table_index(*ids: Any) -> tuple[Any, ...]:
-        at = index(*ids)
-        row, step = at[last - 1] if batched else 0, 0 if by_length else ids[-1]
-        return (*(at[a] for a in outer), row, step)
-
-    table_spec = pl.BlockSpec(
-        (*(None for _ in outer), *table_block), table_index, memory_space=pltpu.SMEM
+    table, table_spec = _table(segments, x, plan, layout, index)
+    kernel = partial(
+        _kernel, by_length=layout.kind == "padded", batched=batched, last=last
     )
     return pl.pallas_call(
-        partial(_kernel, by_length=by_length, batched=batched, last=last),
+        kernel,
         out_shape=_compat.struct_like(x),
         grid=tuple(pl.cdiv(x.shape[a], block[a] or 1) for a in order),
         in_specs=[table_spec, pl.BlockSpec(x_block, lambda *i: index(*i[:-1], 0))],

@@ -126,8 +126,8 @@ def inputs(rows: Rows, reverse: bool) -> tuple[Any, jax.Array, jax.Array]:
     xs = jax.tree.map(lambda x: jnp.moveaxis(x, rows.layout.axis, 0), rows.xs)
     fill = compiled(fill_padding, reverse, layout)
     xs = jax.tree.map(lambda x: fill(x, rows.valid), xs)
-    masks = (rows.valid, rows.goes_on(reverse))
-    return (xs, *(jnp.moveaxis(mask, -1, 0) for mask in masks))
+    valid, goes_on = rows.valid, rows.goes_on(reverse)
+    return xs, jnp.moveaxis(valid, -1, 0), jnp.moveaxis(goes_on, -1, 0)
 
 
 def restore_axis(call: Call, ys: Any, axis: int) -> Any:

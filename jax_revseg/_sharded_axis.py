@@ -62,8 +62,8 @@ def whole_rows(call: Call, x: jax.Array, segments: Any, layout: Layout) -> Rows:
 
 def _check_replicated(call: Call, segments: Any, layout: Layout) -> None:
     names = call.axis_name if isinstance(call.axis_name, tuple) else (call.axis_name,)
-    differ = set(names) & _compat.varying(segments) if layout.kind != "ids" else ()
-    if differ:
+    differ = _compat.varying(segments) & set(names)
+    if differ and layout.kind != "ids":
         call.fail(
             f"the lengths vary over mesh axis {sorted(differ)}, but axis_name is "
             f"{call.axis_name!r}: every device needs the lengths of the whole rows; "
