@@ -174,7 +174,7 @@ def _table(segments: Any, x: Any, plan: Plan, layout: Layout, index: Any) -> Any
         outer.remove(before)
     else:
         table = table[..., None, :]
-    block = (plan.rows if batched else 1, 1 if by_length else plan.steps)
+    block = (plan.rows or 1 if batched else 1, 1 if by_length else plan.steps)
     # A block may read beyond the end of x; that must be in VMEM, but is not used.
     padding = [(0, 0, 0)] * (table.ndim - 2) + [
         (0, -n % m, 0) for n, m in zip(table.shape[-2:], block, strict=True)
