@@ -220,6 +220,8 @@ def _device_scalar(value: Any, dtype: Any) -> jax.Array:
 
 def _host_scalar(value: Any, dtype: Any) -> Constant:
     """Casts the value, whatever its own dtype is, as JAX does for Python scalars."""
+    if isinstance(value, np.ma.MaskedArray):  # The mask would be lost.
+        raise TypeError
     dtype = np.dtype(dtype)
     value = value.item() if isinstance(value, (np.generic, np.ndarray)) else value
     if dtype.kind == "b" or jnp.issubdtype(dtype, jnp.integer):

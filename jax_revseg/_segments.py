@@ -46,7 +46,7 @@ def parse_segments(
             "padding_id goes with segment_ids only: leave it out."
         )
     kind = lengths_kind if name == "lengths" else _KINDS[name]
-    encoding = _Encoding(call, x.shape, name, kind)
+    encoding = _Encoding(call, x.shape, name, kind, call.devices)
     values = encoding.array(encodings[name])
     if axis is not None:
         axis = call.integer("axis", axis)
@@ -102,6 +102,7 @@ class _Encoding(NamedTuple):
     x_shape: tuple[int, ...]
     name: str
     kind: Kind
+    devices: int
 
     def array(self, given: Any) -> Any:
         if self.kind == "mask":
@@ -195,9 +196,8 @@ class _Encoding(NamedTuple):
 
     def _axis_size(self, layout: Layout) -> tuple[Any, str]:
         """Returns the global size of the segment axis, and its name in messages."""
-        devices = self.call.devices
-        size = self.x_shape[layout.axis] * devices
-        over = f" over {devices} devices" if devices > 1 else ""
+        size = self.x_shape[layout.axis] * self.devices
+        over = f" over {self.devices} devices" if self.devices > 1 else ""
         return (
             size,
             f"{size}, the size of axis {layout.axis} of {self.call.x_name}{over}",
@@ -255,9 +255,9 @@ class _Encoding(NamedTuple):
                         "another padding_id or another dtype."
                     )
             return values, layout._replace(padding_id=padding_id)
-        if self.call.devices > 1:
+        if self.devices > 1:
             self.call.fail(
-                f"segment_ids is on the host, the same on all {self.call.devices} "
+                f"segment_ids is on the host, the same on all {self.devices} "
                 "devices of axis_name, which hold different blocks of the ids; pass it "
                 "into shard_map with in_specs like those of x."
             )
@@ -277,7 +277,7 @@ def _as_positions(values: np.ndarray, size: Any) -> np.ndarray:
     """Casts checked host values to the dtype of positions, saturating."""
     dtype = position_dtype(size)
     if values.dtype.itemsize == 8:  # Objects, too.
-        values = np.minimum(values, np.iinfo(dtype).max)
+        values = np.asarray(np.minimum(values, np.iinfo(dtype).max))  # May be an int.
     return values.astype(dtype, copy=False)
 
 
