@@ -59,12 +59,12 @@ def reverse_rows(
     implementation: Implementation | None = None,
 ) -> jax.Array:
     """Reverses the segments of checked arguments; `bidirectional` enters here."""
-    rows = whole_rows(call, x, segments, layout)
-    out = _reverse(rows.x, rows.segments, layout, implementation)
+    x, segments, restore = whole_rows(call, x, segments, layout)
+    out = _reverse(x, segments, layout, implementation)
     if padding_value is not None:
         constant, value = split_constant(padding_value)
-        out = compiled(_fill, layout, constant)(out, rows.segments, value)
-    return rows.restore(out)
+        out = compiled(_fill, layout, constant)(out, segments, value)
+    return restore(out)
 
 
 def reverse_sequence(
@@ -280,11 +280,11 @@ def reverse_segment_order(
         call, x, axis, batch_axis, lengths_kind="packed", lengths=lengths
     )
     how = call.implementation(implementation)
-    rows = whole_rows(call, x, segments, layout)
+    whole, lengths_there, restore = whole_rows(call, x, segments, layout)
     # Reversing the whole valid part puts the segments into the opposite order, each of
     # them reversed; so each one is reversed first.
-    each = _reverse(rows.x, rows.segments, layout, how)
-    totals = compiled(_totals, layout)(rows.x, rows.segments)
+    each = _reverse(whole, lengths_there, layout, how)
+    totals = compiled(_totals, layout)(whole, lengths_there)
     out = _reverse(each, totals, layout._replace(kind="padded"), how)
     reversed_lengths = compiled(_reversed_lengths, layout, call.devices)(x, segments)
-    return rows.restore(out), reversed_lengths
+    return restore(out), reversed_lengths

@@ -98,10 +98,12 @@ class Call(NamedTuple):
 
     def implementation(self, value: Any) -> Any:
         """Returns the name of an implementation, or None."""
+        if value is None:
+            return None
         names = get_args(Implementation)
-        if value is None or (isinstance(value, str) and value in names):
-            return value
-        self.fail(f"implementation is {value!r}; use None or one of {names}.")
+        if not isinstance(value, str) or value not in names:
+            self.fail(f"implementation is {value!r}; use None or one of {names}.")
+        return value
 
     def scalar(self, value: Any, dtype: Any) -> Constant | jax.Array | None:
         """Casts `padding_value` to the dtype of the array, or raises."""
@@ -168,11 +170,12 @@ class Call(NamedTuple):
             values: Any = (jnp if on_device else np).asarray(given)
         except (TypeError, ValueError, OverflowError) as error:
             self.fail(f"{argument} is not an array: {error}")
-        if values.dtype.kind in "fO" and not isinstance(given, np.ndarray):
+        own = np.dtype(getattr(given, "dtype", object))
+        if values.dtype.kind in "fO" and own.kind == "O":
             # NumPy makes floats of [] and of [1, 2**63]: let the elements decide.
             elements = np.asarray(given, object)
             if all(isinstance(element, int) for element in elements.flat):
-                return elements
+                return elements if elements.size else elements.astype(np.int32)
         if values.dtype.kind in "OSUm":
             self.fail(
                 f"{argument} is {given!r} of type {type(given).__name__}; give an "

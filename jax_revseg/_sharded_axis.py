@@ -16,7 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from fractions import Fraction
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 from jax import lax
@@ -26,26 +26,23 @@ from jax_revseg._arguments import Call
 from jax_revseg._layout import Layout
 
 
-class Rows(NamedTuple):
-    """Whole rows of some batch entries or features, and the way back to blocks."""
-
-    x: jax.Array
-    segments: Any
-    restore: Callable[[jax.Array], jax.Array]
-
-
 def _unchanged(out: jax.Array) -> jax.Array:
     return out
 
 
-def whole_rows(call: Call, x: jax.Array, segments: Any, layout: Layout) -> Rows:
-    """Exchanges one block of the segment axis for whole rows; ids are blocks too."""
+def whole_rows(
+    call: Call, x: jax.Array, segments: Any, layout: Layout
+) -> tuple[jax.Array, Any, Callable[[jax.Array], jax.Array]]:
+    """Exchanges a block for whole rows; returns x, segments, and the way back.
+
+    The rows are those of some batch entries or features. Ids are blocks, too.
+    """
     if call.axis_name is None or 0 in x.shape:
-        return Rows(x, segments, _unchanged)
+        return x, segments, _unchanged
     _check_replicated(call, segments, layout)
     if x.ndim == 1:
-        rows = whole_rows(call, x[:, None], segments, layout)
-        return Rows(rows.x, rows.segments, lambda out: rows.restore(out)[:, 0])
+        x, segments, back = whole_rows(call, x[:, None], segments, layout)
+        return x, segments, lambda out: back(out)[:, 0]
     name, devices, axis = call.axis_name, call.devices, layout.axis
     cut = _exchange_axis(x.shape, layout, devices)
 
@@ -53,11 +50,8 @@ def whole_rows(call: Call, x: jax.Array, segments: Any, layout: Layout) -> Rows:
         out = lax.all_to_all(out, name, axis, cut, tiled=True)
         return lax.slice_in_dim(out, 0, x.shape[cut], axis=cut)
 
-    return Rows(
-        lax.all_to_all(_pad(x, cut, devices), name, cut, axis, tiled=True),
-        _segments_of_rows(segments, layout, cut, name, devices),
-        restore,
-    )
+    whole = lax.all_to_all(_pad(x, cut, devices), name, cut, axis, tiled=True)
+    return whole, _segments_of_rows(segments, layout, cut, name, devices), restore
 
 
 def _check_replicated(call: Call, segments: Any, layout: Layout) -> None:
