@@ -154,7 +154,7 @@ class Bidirectional:
         )
         # Both layers get the sharding that the reversal gives to its result.
         batch = range(len(layout.batch_axes))
-        x, segments = alike(call, (x, layout.batch_axes), (segments, batch))
+        x, _ = alike(call, (x, layout.batch_axes), (segments, batch))
         first = jax.tree.leaves(x)[0]
         axes = (*layout.batch_axes, layout.axis)
         sizes = tuple(first.shape[a] for a in axes)
