@@ -39,8 +39,9 @@ def main():
             h = jax.vmap(eqx.combine(params, static[0]))(x, h)
             return h, h
 
+        start = jnp.zeros((N, H))
         # Not the static part of the pair: it is the same for both directions.
-        _, ys = bidirectional_scan(step, params, jnp.zeros((N, H)), x, lengths)
+        _, ys = bidirectional_scan(step, params, (start, start), x, lengths)
         return jnp.concatenate(ys, -1)
 
     def rows(params, x):

@@ -77,7 +77,7 @@ def loss(params, letters, ends, ids):
     """The mean cross-entropy of a letter, and how many word ends are right."""
     start = jnp.zeros((len(letters), HIDDEN))
     _, ys = bidirectional_scan(
-        gru, params["gru"], start, letters, segment_ids=ids, padding_id=0
+        gru, params["gru"], (start, start), letters, segment_ids=ids, padding_id=0
     )
     logits = jnp.concatenate(ys, -1) @ params["out"] + params["bias"]
     valid = ids != 0
