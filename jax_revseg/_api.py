@@ -36,6 +36,8 @@ def _bind(layout, how, x, segments):
 
 
 def _fill(layout, constant, out, segments, value):
+    if 0 in out.shape:  # For an empty array, `where` returns the value's type.
+        return out
     value = constant.array() if constant else value
     mask = padding_mask(segments, out.shape[layout.axis], layout)
     return jnp.where(align(mask, out.ndim, layout), value, out)

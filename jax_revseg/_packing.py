@@ -83,6 +83,8 @@ def pack_segments(
     value = call.scalar(padding_value, x.dtype)
     constant, value = split_constant(value)
     rows = _bind(x, values, size=max_length, unpack=False)
+    if constant is not None and not any(constant.bits):  # The padding is zero already.
+        return rows
     return compiled(_fill, constant)(rows, x, values, value)
 
 
@@ -179,6 +181,8 @@ def _cut_host_lengths(call: Call, lengths: np.ndarray, limit: Any) -> np.ndarray
 
 
 def _fill(constant, rows, x, lengths, value):
+    if 0 in rows.shape:  # For an empty array, `where` returns the value's type.
+        return rows
     ends = packed_ends(lengths, x.shape[0])
     counts = (ends - starts_of(ends))[:, None]
     i = lax.broadcasted_iota(ends.dtype, rows.shape[:2], 1)
