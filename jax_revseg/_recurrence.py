@@ -148,15 +148,9 @@ def restore_axis(call: Call, ys: Any, axis: int) -> Any:
 def combine(call: Call, fn: Any, a: Any, b: Any) -> Any:
     """Combines pairs (whether a segment starts within, value) by `fn`."""
     (starts_a, a), (starts_b, b) = a, b
-
-    def keep_b(b: jax.Array, other: jax.Array) -> jax.Array:
-        return jnp.where(
-            lax.expand_dims(starts_b, range(starts_b.ndim, b.ndim)), b, other
-        )
-
     # fn gets b twice where a belongs to another segment: an infinity in a would
     # otherwise give NaN gradients, although the result is discarded.
-    out = fn(jax.tree.map(keep_b, b, a), b)
+    out = fn(select(starts_b, b, a), b)
     describe = partial(jax.tree.map, lambda x: f"{jnp.result_type(x)}{jnp.shape(x)}")
     if jax.tree.flatten(describe(out)) != jax.tree.flatten(describe(b)):
         call.fail(
@@ -164,4 +158,4 @@ def combine(call: Call, fn: Any, a: Any, b: Any) -> Any:
             "the structure, shapes and dtypes of elems.",
             TypeError,
         )
-    return starts_a | starts_b, jax.tree.map(keep_b, b, out)
+    return starts_a | starts_b, select(starts_b, b, out)
