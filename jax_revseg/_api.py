@@ -161,7 +161,8 @@ def reverse_segments(
     at the end of the axis; under `jax.experimental.checkify` these values raise.
 
     For one length a row, of shape `(N,)`, use `reverse_sequence`: here lengths of shape
-    `(K,)` describe K segments along axis 0.
+    `(K,)` describe K segments along axis 0. K > 1 segments along an axis 0 of size K
+    are refused as a likely mistake, unless `axis=0` is given.
 
     Args:
         x: Array of rank 1 or more and any dtype, `(*batch, T, ...)` by default.

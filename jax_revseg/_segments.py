@@ -141,6 +141,7 @@ class _Shapes(NamedTuple):
                 f"but {self.name} needs at least 1 axis, the one that runs over the "
                 "segments; for one length a row use reverse_sequence",
             )
+        self._refuse_a_batch(axis)
         axis = batch_rank if axis is None else self._canonical("axis", axis)
         if batch_axis is None:
             batch_axes = tuple(a for a in range(ndim) if a != axis)[:batch_rank]
@@ -167,6 +168,17 @@ class _Shapes(NamedTuple):
                 f"{shape[-1]}",
             )
         return Layout(self.kind, axis, batch_axes)
+
+    def _refuse_a_batch(self, axis: int | None) -> None:
+        """Raises where axis 0, the segment axis by default, looks like a batch axis."""
+        if self.kind == "packed" and axis is None and len(self.shape) == 1:
+            count = self.shape[0] - (self.name == "cu_seqlens")
+            if count > 1 and len(self.x_shape) > 1 and self.x_shape[0] == count:
+                self._disagree(
+                    f"{count} segments along axis 0 of size {count}; use "
+                    "reverse_sequence for one length a row, give batch axes to "
+                    f"{self.name} for several, or pass axis=0 if that is right"
+                )
 
     def _canonical(self, argument: str, value: int) -> int:
         ndim = len(self.x_shape)
