@@ -34,9 +34,9 @@ def bind(x, segments, layout, implementation=None):
 
 
 _EXCHANGE = """
-    x_spec, rows = jax.P(...), jax.P(...)  # of x, and of the lengths or ids
-    reverse = partial(reverse_sequence, axis_name={name!r})
-    out = jax.shard_map(reverse, in_specs=(x_spec, rows), out_specs=x_spec)(x, lengths)
+    mesh, specs = jax.typeof(x).sharding.mesh, (jax.P(...), jax.P(...))  # x, lengths
+    f = partial(reverse_sequence, axis_name={name!r})
+    out = jax.shard_map(f, mesh=mesh, in_specs=specs, out_specs=specs[0])(x, lengths)
 """
 
 

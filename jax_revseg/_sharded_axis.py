@@ -97,5 +97,7 @@ def _segments_of_rows(
 
 def _pad(x: Any, axis: int, multiple: int) -> jax.Array:
     missing = -x.shape[axis] % multiple
+    if missing == 0:
+        return x
     shape = (*x.shape[:axis], missing, *x.shape[axis + 1 :])
     return lax.concatenate([x, lax.full_like(x, 0, shape=shape)], axis)

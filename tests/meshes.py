@@ -4,8 +4,9 @@ import re
 
 import jax
 import numpy as np
-from cases import Case
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec as P
+
+from tests.cases import Case
 
 # Eight rows, for a mesh of 4 by 2 devices.
 CASES = tuple(

@@ -7,8 +7,9 @@ import sys
 
 import jax
 import numpy as np
-from cases import Case
 from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
+
+from tests.cases import Case
 
 ROWS = 8
 CASES = tuple(

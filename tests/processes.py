@@ -6,7 +6,7 @@ import socket
 import subprocess
 import sys
 
-TESTS = pathlib.Path(__file__).parent
+ROOT = pathlib.Path(__file__).parents[1]
 
 
 def run_two(program: str, limit: float = 100) -> list[str]:
@@ -17,11 +17,11 @@ def run_two(program: str, limit: float = 100) -> list[str]:
     environment = os.environ | {
         "JAX_PLATFORMS": "cpu",
         "XLA_FLAGS": "--xla_force_host_platform_device_count=2",
-        "PYTHONPATH": os.pathsep.join([str(TESTS.parent), str(TESTS)]),
+        "PYTHONPATH": str(ROOT),
     }
     processes = [
         subprocess.Popen(
-            [sys.executable, str(TESTS / program), address, str(number)],
+            [sys.executable, "-m", f"tests.{program}", address, str(number)],
             env=environment,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,

@@ -13,10 +13,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from cases import DTYPES, LAYOUTS, WIDE, Case, bit_width, random_bits
 from hypothesis import HealthCheck, settings, strategies as st
 from hypothesis.extra import numpy as hnp
 from jax import lax
+
+from tests.cases import DTYPES, LAYOUTS, WIDE, Case, bit_width, random_bits
 
 _COMMON = dict(deadline=None, suppress_health_check=list(HealthCheck))
 # The same examples each time, so that a change is to blame for what fails.

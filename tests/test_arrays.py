@@ -5,12 +5,20 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from cases import DTYPES, WIDE, Case, assert_same_bits, bits, enable_x64, random_bits
 from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 from jax.experimental.layout import Format, Layout
 
 from jax_revseg import reverse_segments, reverse_sequence
+from tests.cases import (
+    DTYPES,
+    WIDE,
+    Case,
+    assert_same_bits,
+    bits,
+    enable_x64,
+    random_bits,
+)
 
 CASES = tuple(
     Case(f"{layout}-arrays", (4, 7, 2), layout=layout, padding_id=0)

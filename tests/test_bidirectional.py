@@ -157,7 +157,7 @@ def test_errors():
     """The message names a function that the user did not call, or no argument."""
     x, run = numbers((4, 5, 2)), bidirectional(sums, sums)
     for call, error, pattern in (
-        (lambda: run([], [1]), ValueError, r"x is \[\].*at least 1"),
+        (lambda: run([], [1]), ValueError, r"x is \[\].*give at least 1"),
         (lambda: run("abc", [1]), TypeError, "x must be an array.*type str"),
         (lambda: run(x, [1, 2]), ValueError, r"sizes \(4,\).*lengths has \(2,\)"),
         (lambda: run(x, [6] * 4), ValueError, r"lengths\[0\] is 6.*0 and 5"),

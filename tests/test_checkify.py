@@ -8,11 +8,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from cases import assert_same_bits
 from jax import lax
 from jax.experimental import checkify
 from jax.sharding import PartitionSpec as P
-from meshes import mesh, put
 
 from jax_revseg import (
     bidirectional_scan,
@@ -20,7 +18,10 @@ from jax_revseg import (
     reverse_segment_order,
     reverse_segments,
     reverse_sequence,
+    unpack_segments,
 )
+from tests.cases import assert_same_bits
+from tests.meshes import mesh, put
 
 X = np.arange(32, dtype=np.float32).reshape(4, 8)
 
@@ -33,7 +34,8 @@ def both_ways(x, lengths):
     def step(scale, carry, x):
         return carry + scale * x, carry
 
-    return bidirectional_scan(step, (1.0, 2.0), jnp.zeros(4), x, lengths)[1][1]
+    inits = jnp.zeros(4), jnp.zeros(4)
+    return bidirectional_scan(step, (1.0, 2.0), inits, x, lengths)[1][1]
 
 
 # A public function, bad values, the same made good, and what the message must say.
@@ -224,7 +226,30 @@ def test_ids_and_nothing_have_no_bad_value():
     assert error_of(reverse_sequence, X[:0], jnp.zeros((0,), int)) is None
 
 
-def test_packing_is_not_checked():
-    """Documented as cut: packing has no check, and must not break under checkify."""
-    f = lambda x, n: pack_segments(x, n, max_length=4)  # noqa: E731
-    assert error_of(f, X[0], jnp.array([3, 9])) is None
+@pytest.mark.parametrize(
+    "f, wrong, right, message",
+    (
+        (
+            lambda x, n: pack_segments(x[0], n, max_length=4),
+            [3, 6],
+            [3, 5],
+            r"pack_segments: lengths\[1\] is 6.* sum to more than 8, .* axis 0 of x",
+        ),
+        (
+            lambda x, n: unpack_segments(x, n, total_length=9),
+            [3, -1, 0, 0],
+            [3, 1, 0, 0],
+            r"unpack_segments: lengths\[1\] is -1.* negative",
+        ),
+        (
+            lambda x, n: unpack_segments(x, n, total_length=9),
+            [3, 3, 3, 1],
+            [3, 3, 2, 1],
+            r"unpack_segments: lengths\[3\] is 1.* more than 9, total_length",
+        ),
+    ),
+)
+def test_packing_reports_bad_lengths(f, wrong, right, message):
+    for run in (f, jax.jit(f)):
+        assert re.search(message, error_of(run, X, jnp.array(wrong)))
+        assert error_of(run, X, jnp.array(right)) is None

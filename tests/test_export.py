@@ -1,6 +1,6 @@
 """jax.export: one artifact for every platform and every size, now and years on.
 
-`python tests/test_export.py` writes the fixture, which must come from the oldest
+`python -m tests.test_export` writes the fixture, which must come from the oldest
 supported JAX: run it there, and only when that version moves.
 """
 
@@ -13,10 +13,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from cases import SMALL, assert_same_bits
 from jax import export
 
 from jax_revseg import reverse_segment_order
+from tests.cases import SMALL, assert_same_bits
 
 PLATFORMS = ("cpu", "cuda", "rocm", "tpu")
 FIXTURE = pathlib.Path(__file__).parent / "fixtures" / "exported-by-jax-0.7.2.bin"

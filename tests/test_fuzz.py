@@ -9,9 +9,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from cases import Case, assert_same_bits
 from hypothesis import given, note, settings, strategies as st
-from strategies import cases, segments, segments_shape, stacks
+
+from tests.cases import Case, assert_same_bits
+from tests.strategies import cases, segments, segments_shape, stacks
 
 calls = itertools.count(1)
 

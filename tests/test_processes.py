@@ -4,16 +4,17 @@ process takes from its own memory though another one has the right one."""
 import subprocess
 
 import pytest
-from processes import run_two
+
+from tests.processes import run_two
 
 
 def test_rows_over_two_processes():
     """Wrong here: values or gradients, in any sharding mode, of any encoding."""
-    for output in run_two("process_worker.py"):
+    for output in run_two("process_worker"):
         assert "2 processes, 4 devices: all right" in output
 
 
 def test_the_time_limit_holds():
     """Wrong here: processes that outlive a test which failed."""
     with pytest.raises(subprocess.TimeoutExpired):
-        run_two("process_worker.py", limit=0.1)
+        run_two("process_worker", limit=0.1)

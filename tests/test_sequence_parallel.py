@@ -5,18 +5,16 @@ the wrong device, or came back to the wrong place, shows.
 """
 
 import re
+import textwrap
 from functools import partial
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from cases import Case, assert_same_bits
 from jax import lax
 from jax.experimental import checkify
 from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
-from processes import run_two
 
 from jax_revseg import (
     _reference,
@@ -25,6 +23,8 @@ from jax_revseg import (
     reverse_segments,
     reverse_sequence,
 )
+from tests.cases import Case, assert_same_bits
+from tests.processes import run_two
 
 
 def make_mesh(axis_type=AxisType.Auto, **sizes):
@@ -378,35 +378,25 @@ def test_blocks_are_equal():
         over_blocks(case, make_mesh(seq=4))(case.x(), case.segments())
 
 
-@pytest.mark.parametrize("layout", ["padded", "packed", "ids"])
-@pytest.mark.parametrize("jit", [False, True], ids=["eager", "jit"])
-@pytest.mark.parametrize("on_host", [False, True], ids=["device", "host"])
-def test_three_lines_of_the_error_are_right(layout, jit, on_host):
+def test_program_in_the_error_reverses_the_sharded_axis():
     mesh = make_mesh(AxisType.Explicit, data=2, seq=4)
-    case = Case("lines", (4, 16, 8), layout=layout, padding_id=0)
-    of_x, of_segments = specs(case, batch="data")
-    x = jax.device_put(case.x(), NamedSharding(mesh, of_x))
-    segments = case.segments()
-    if not on_host:
-        spec = P("data") if layout == "ids" else of_segments
-        segments = jax.device_put(segments, NamedSharding(mesh, spec))
-    with pytest.raises(
-        ValueError, match="axis 1 of x.*sharded over mesh axis 'seq'"
-    ) as e:
-        case.call(x, segments)
-    lines = str(e.value).splitlines()[1:]
-    assert len(lines) == 3
+    case = Case("lines", (4, 16, 8))
+    x_spec, spec = specs(case, batch="data")
+    x = jax.device_put(case.x(), NamedSharding(mesh, x_spec))
+    lengths = jax.device_put(case.segments(), NamedSharding(mesh, spec))
+    with pytest.raises(ValueError, match="axis 1 of x.*over mesh axis 'seq'") as e:
+        reverse_sequence(x, lengths)
+    _, program = str(e.value).split(":\n\n")
+    program = textwrap.dedent(program).replace("(jax.P(...), jax.P(...))", "given")
 
-    def pasted(x, segments):
-        names: dict[str, Any] = dict(jax=jax, x=x, lengths=segments, ids=segments)
-        names |= dict(reverse_sequence=reverse_sequence)
-        names |= dict(reverse_segments=reverse_segments)
-        exec("\n".join(line.strip() for line in lines), names)
+    def run(x, lengths):
+        names = globals() | dict(x=x, lengths=lengths, given=(x_spec, spec))
+        exec(program, names)
         return names["out"]
 
-    out = (jax.jit(pasted) if jit else pasted)(x, segments)
-    assert_same_bits(out, case.expected(case.x(), case.segments()))
-    assert out.sharding.is_equivalent_to(x.sharding, out.ndim)
+    for out in (run(x, lengths), jax.jit(run)(x, lengths)):
+        assert_same_bits(out, case.expected(case.x(), case.segments()))
+        assert out.sharding.is_equivalent_to(x.sharding, 3)
 
 
 # ---- what is sent, and what is held
@@ -505,5 +495,5 @@ def test_compiled_for_a_tpu(monkeypatch):
 
 
 def test_two_processes():
-    for output in run_two("sequence_process.py"):
+    for output in run_two("sequence_process"):
         assert "4 devices, values and gradients right" in output

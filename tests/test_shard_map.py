@@ -13,10 +13,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from cases import assert_same_bits
 from jax import lax
 from jax.sharding import NamedSharding, PartitionSpec as P
-from meshes import CASES, by_hand, integers, mesh
 
 from jax_revseg import (
     _reference,
@@ -25,6 +23,9 @@ from jax_revseg import (
     reverse_segments_p,
     unpack_segments,
 )
+from jax_revseg._layout import Layout
+from tests.cases import assert_same_bits
+from tests.meshes import CASES, by_hand, integers, mesh
 
 both = ("a", "b")
 # For x, segments and the result; and how many rows of x go with 8 rows of segments.
@@ -190,7 +191,8 @@ def test_varying_result_is_not_replicated(case, name):
 
 def test_bind_refuses_what_would_lose_the_sum():
     """Wrong here: the primitive itself accepts segments that vary more than x."""
-    bind = partial(reverse_segments_p.bind, axis=1, batch_axes=(0,), layout="padded")
+    layout = Layout("padded", 1, (0,))
+    bind = partial(reverse_segments_p.bind, layout=layout, implementation=None)
     with pytest.raises(ValueError, match=r"vary over manual mesh axes \{'a'\}"):
         sharded(bind, "x-replicated")(operands("x-replicated")[0], SEGMENTS[0])
 

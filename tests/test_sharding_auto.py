@@ -6,11 +6,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from cases import assert_same_bits
 from jax.sharding import NamedSharding, PartitionSpec as P
-from meshes import CASES, collectives, integers, mesh, put
 
 from jax_revseg import reverse_segment_order
+from tests.cases import assert_same_bits
+from tests.meshes import CASES, collectives, integers, mesh, put
 
 MESH = mesh()
 SHAPE = (8, 8, 8)  # Every axis can be cut over all devices.

@@ -12,9 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from cases import assert_same_bits
 from jax.sharding import PartitionSpec as P
-from meshes import CASES, integers, mesh, put
 
 from jax_revseg import (
     _reference,
@@ -23,6 +21,9 @@ from jax_revseg import (
     reverse_segments_p,
     reverse_sequence,
 )
+from jax_revseg._layout import Layout
+from tests.cases import assert_same_bits
+from tests.meshes import CASES, integers, mesh, put
 
 MESH = mesh("explicit explicit")
 SHAPE = CASES[0].shape
@@ -169,16 +170,14 @@ def test_other_operands():
     x, case = put(MESH, integers(SHAPE), "a", None, "b"), CASES[1]
     lengths = SEGMENTS[1]
     offsets = np.concatenate([0 * lengths[:, :1], lengths.cumsum(-1)], -1)
-    want = case.expected(integers(SHAPE), lengths)
+    want, layout = case.expected(integers(SHAPE), lengths), Layout("packed", 1, (0,))
     with jax.set_mesh(MESH):
         on_device = put(MESH, lengths, "a", None)
         outs = [
             reverse_segments(x, lengths),
             jax.jit(lambda x: reverse_segments(x, lengths))(x),
             reverse_segments(x, cu_seqlens=put(MESH, offsets, "a", None)),
-            reverse_segments_p.bind(
-                x, on_device, axis=1, batch_axes=(0,), layout="packed"
-            ),
+            reverse_segments_p.bind(x, on_device, layout=layout, implementation=None),
         ]
         with jax.disable_jit():
             outs.append(reverse_segments(x, on_device))

@@ -17,17 +17,18 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax._src.interpreters import mlir
 from jax.experimental.pallas import tpu as pltpu
 from jax.sharding import Mesh, PartitionSpec as P
 
 from benchmarks import tpu_aot
 from jax_revseg import (
     _kernel_tpu,
+    _primitive,
     reverse_segment_order,
     reverse_segments_p,
     reverse_sequence,
 )
+from jax_revseg._layout import Layout
 from tests.cases import AXES, KINDS, LENGTHS_TYPES, Case, assert_same_bits
 
 by_name = partial(pytest.mark.parametrize, ids=lambda case: case.name)
@@ -93,11 +94,12 @@ def kernels(monkeypatch):
         return reverse(x, segments, interpret=True, **params)
 
     monkeypatch.setattr(_kernel_tpu, "reverse", interpreted)
-    rules = mlir._platform_specific_lowerings
-    monkeypatch.setitem(
-        rules["cpu"], reverse_segments_p, rules["tpu"][reverse_segments_p]
+    register = partial(
+        _primitive.mlir.register_lowering, reverse_segments_p, platform="cpu"
     )
-    return used
+    register(_primitive._reverse_segments_tpu_lowering)
+    yield used
+    register(partial(_primitive._reverse_segments_lowering, windows=True))
 
 
 @pytest.mark.parametrize("group", (WIDE_KINDS, WIDE_AXES, WIDE_LENGTHS))
@@ -129,16 +131,14 @@ def test_kernel_at_the_edges_of_blocks(kernels, case):
 def test_kernel_reads_only_what_it_has(case):
     """Reads past a buffer, or of memory that nobody wrote, reach the result."""
     x, segments = case.x(), case.segments()
-    how = dict(axis=case.axis, batch_axes=case.batch_axes)
+    layout = Layout(case.layout, case.axis, case.batch_axes, case.padding_id)
     out = _kernel_tpu.reverse(
         x,
         segments,
-        plan=_kernel_tpu.plan(x, **how),
-        layout=case.layout,
-        padding_id=case.padding_id,
+        plan=_kernel_tpu.plan(x, layout),
+        layout=layout,
         # Out-of-bounds reads raise here, and memory starts as NaN.
         interpret=pltpu.InterpretParams(),
-        **how,
     )
     assert_same_bits(out, case.expected(x, segments))
 
@@ -197,37 +197,52 @@ def test_kernel_under_shard_map(kernels):
     np.testing.assert_array_equal(out, reverse_sequence(x, lengths))
 
 
-def test_kernel_leaves_the_rest_to_the_gather(kernels):
-    """What the kernel does not cover fails, or is wrong, instead of being gathered."""
-    lengths = np.array([0, 5, 3, 7])
-    x = np.arange(4 * 7 * 128).reshape(4, 7, 128)
+X = np.arange(4 * 7 * 128).reshape(4, 7, 128)
+LENGTHS = np.array([0, 5, 3, 7])
+LAST = "a last axis of 128 or more features"
+REFUSALS = {
+    "narrow": (X[..., :127], {}, LAST),
+    "rows last": (np.moveaxis(X, 0, 2), dict(axis=0, batch_axis=2), LAST),
+    "steps last": (np.moveaxis(X, 1, 2), dict(axis=2), LAST),
+    "empty": (X[:0], {}, "static sizes above 0"),
+    "float16": (X.astype(np.float16), {}, "float16, and .* one of the dtypes float32"),
+    "bool": (X > 9, {}, "bool, and the kernel needs one of the dtypes"),
+    "complex": (X.astype(np.complex64), {}, "complex64, and .* one of the dtypes"),
+    "long": (np.zeros((4, 14336, 128), np.float32), {}, "in 14 MiB of VMEM"),
+}
+
+
+@pytest.mark.parametrize("x, axes, why", REFUSALS.values(), ids=REFUSALS)
+def test_kernel_that_cannot_run_raises_and_says_why(x, axes, why):
+    call = partial(reverse_sequence, **axes, implementation="pallas")
+    lengths = LENGTHS[: len(x)] if x.shape[0] == 0 else LENGTHS
+    traced = jax.jit(call).trace(x, lengths)
+    with pytest.raises(ValueError, match=f"implementation is 'pallas', but .*{why}"):
+        traced.lower(lowering_platforms=("tpu",))
+
+
+def test_kernel_of_a_partitioned_program_raises_and_says_why():
     mesh = Mesh(np.array(jax.devices()[:2]), ("rows",))
-    sharded = jax.device_put(x, jax.NamedSharding(mesh, P("rows")))
-    long = np.zeros((1, 14336, 128), np.float32)
-    for why, operand, n, axes in (
-        ("narrow", x[..., :127], lengths, {}),
-        ("float16", x.astype(np.float16), lengths, {}),
-        ("bool", x % 2 == 0, lengths, {}),
-        ("complex", x.astype(np.complex64), lengths, {}),
-        ("rows last", np.moveaxis(x, 0, 2), lengths, dict(axis=0, batch_axis=2)),
-        ("steps last", np.moveaxis(x, 1, 2), lengths, dict(axis=2)),
-        ("empty", x[:, :0], lengths * 0, {}),
-        ("too long for VMEM", long, [14000], {}),
-        ("sharded by XLA", sharded, lengths, {}),
-    ):
-        call = partial(reverse_sequence, lengths=n, **axes)
-        out = jax.jit(partial(call, implementation="pallas"))(operand)
-        assert not kernels, why
-        assert_same_bits(out, call(operand), why)
+    x = jax.device_put(X, jax.NamedSharding(mesh, P("rows")))
+    traced = jax.jit(partial(reverse_sequence, implementation="pallas")).trace(
+        x, LENGTHS
+    )
+    with pytest.raises(ValueError, match="partitioned over .* inside jax.shard_map"):
+        traced.lower(lowering_platforms=("tpu",))
 
 
-def test_other_platforms_gather():
-    """Asking for the kernel fails, or imports Pallas, where there is no TPU."""
+def test_kernel_on_another_platform_raises_without_importing_pallas():
     code = """
-import sys, jax.numpy as jnp
+import sys, jax, jax.numpy as jnp
 from jax_revseg import reverse_sequence
 x, lengths = jnp.ones((2, 8, 128)), jnp.array([3, 8])
-assert (reverse_sequence(x, lengths, implementation="pallas") == x).all()
+try:
+    reverse_sequence(x, lengths, implementation="pallas")
+except ValueError as error:
+    assert "compiled for cpu; leave implementation out" in str(error), error
+else:
+    raise AssertionError("no error")
+assert (reverse_sequence(x, lengths, implementation="xla") == x).all()
 assert "jax_revseg._kernel_tpu" not in sys.modules
 """
     subprocess.run([sys.executable, "-c", code], check=True, timeout=120)

@@ -12,10 +12,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from cases import SMALL, Case, assert_same_bits, enable_x64, random_bits
 from jax import lax
 
 from jax_revseg import reverse_sequence
+from tests.cases import SMALL, Case, assert_same_bits, enable_x64, random_bits
 
 XS = [case.x() for case in SMALL]
 SEGMENTS = [case.segments() for case in SMALL]

@@ -14,6 +14,7 @@ from jax_revseg import (
     reverse_segments_p,
     reverse_sequence,
 )
+from jax_revseg._layout import Layout
 from tests.cases import (
     AXES,
     BENCHMARKS,
@@ -250,20 +251,19 @@ def test_no_segments():
 
 def test_axis_longer_than_an_int32():
     """Positions past 2**31 do not fit the index: the arithmetic must be wider."""
-    for size, layout, positions in (
+    for size, kind, positions in (
         (2**31 - 1, "padded", "i32"),  # No window, which would need more positions.
         (2**31, "padded", "ui32"),
         (2**31 + 8, "padded", "ui32"),
         (2**31 + 8, "packed", "ui32"),
     ):
         x = jax.ShapeDtypeStruct((size,), jnp.int8)
-        shape = () if layout == "padded" else (4,)
+        shape = () if kind == "padded" else (4,)
         lengths = jax.ShapeDtypeStruct(shape, jnp.int32)
-        params = dict(axis=0, batch_axes=(), layout=layout)
-        lowered = jax.jit(functools.partial(reverse_segments_p.bind, **params)).lower(
-            x, lengths
-        )
-        assert f"tensor<{size}x{positions}>" in lowered.as_text()
+        params = dict(layout=Layout(kind, 0, ()), implementation=None)
+        bind = functools.partial(reverse_segments_p.bind, **params)
+        text = jax.jit(bind).lower(x, lengths).as_text()
+        assert f"tensor<{size}x{positions}>" in text
 
 
 def test_table():
