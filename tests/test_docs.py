@@ -17,7 +17,10 @@ import jax_revseg
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
-PEERS = {"migration.md": ("tensorflow", "onnx", "onnxruntime", "torch", "flax")}
+PEERS = {
+    "migration.md": ("tensorflow", "onnx", "onnxruntime", "torch", "flax"),
+    "rnn.md": ("flax", "equinox", "haiku", "torch", "tensorflow", "keras"),
+}
 FENCE = re.compile(r"^ *(?:```|:::)(\S*)", re.MULTILINE)
 
 
