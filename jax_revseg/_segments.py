@@ -149,9 +149,9 @@ class _Shapes(NamedTuple):
             batch_axes = tuple(self._canonical("batch_axis", a) for a in batch_axis)
         if axis >= ndim or len(batch_axes) != batch_rank:
             self._disagree(
-                f"{self.name} has {batch_rank} batch axes, so {x_name} needs that many "
-                f"beside axis {axis}, but has rank {ndim} and batch axes "
-                f"{batch_axes}; give one entry for each row, or name the axes",
+                f"{self.name} has {batch_rank} batch axes, but {x_name} (rank {ndim}) "
+                f"has batch axes {batch_axes} beside axis {axis}; give one entry for "
+                "each row, or name the axes with axis and batch_axis"
             )
         if len({*batch_axes, axis}) != batch_rank + 1:
             self.call.fail(

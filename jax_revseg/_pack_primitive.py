@@ -1,0 +1,136 @@
+"""The primitive `pack_segments`, in both directions: each is the other's transpose.
+
+    pack_segments[size=L unpack=False batch=0]    (S, ...) -> (N, L, ...)
+    pack_segments[size=S unpack=True  batch=0]    (N, L, ...) -> (S, ...)
+
+Segment n covers `[start, end)` of the flat axis, by the cumulative lengths; its row
+holds the first L of these steps. All else is zero. `batch` counts the leading axes that
+`vmap` has added to both operands.
+"""
+
+from __future__ import annotations
+
+from functools import partial, reduce
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.sharding import NamedSharding, PartitionSpec
+
+from jax_revseg import _compat
+from jax_revseg._compat import batching, mlir
+from jax_revseg._linear import linear_primitive, lower
+from jax_revseg._lowering import packed_ends, segment_numbers, starts_of, to_bits
+from jax_revseg._primitive import length_error
+
+
+def bind(x, lengths, *, size, unpack, batch=0):
+    """Binds the primitive; `x` varies over devices wherever `lengths` does."""
+    x = _compat.vary_like(x, lengths)
+    return pack_segments_p.bind(x, lengths, size=size, unpack=unpack, batch=batch)
+
+
+def _pack_rows(x, lengths, size):
+    ends = packed_ends(lengths, x.shape[0]).astype(jnp.uint32)
+    starts = starts_of(ends)
+    i = lax.broadcasted_iota(jnp.uint32, (lengths.shape[0], size), 1)
+    valid = i < (ends - starts)[:, None]
+    return valid, (jnp.where(valid, starts[:, None] + i, 0),)
+
+
+def _unpack_rows(x, lengths, size):
+    rows, limit = x.shape[:2]
+    ends = packed_ends(lengths, size)
+    row = segment_numbers(ends, size)
+    inside, row = row < rows, jnp.minimum(row, rows - 1)
+    step = lax.iota(ends.dtype, size) - starts_of(ends)[row]
+    valid = inside & (step < limit)
+    return valid, (row, jnp.where(valid, step, 0))
+
+
+def _move(x, lengths, *, size, unpack):
+    """One gather, and zeros elsewhere; bits move unchanged."""
+    features = x.shape[2 if unpack else 1 :]
+    out_shape = (size, *features) if unpack else (lengths.shape[0], size, *features)
+    bits = to_bits(x)
+    if 0 in x.shape or 0 in out_shape:
+        out = lax.full_like(bits, 0, shape=out_shape)
+    else:
+        valid, index = (_unpack_rows if unpack else _pack_rows)(bits, lengths, size)
+        out = bits.at[index].get(mode="promise_in_bounds")
+        if not jnp.issubdtype(x.dtype, jax.dtypes.extended):  # Keys have no zero.
+            valid = lax.expand_dims(valid, range(valid.ndim, out.ndim))
+            out = jnp.where(valid, out, jnp.zeros((), out.dtype))
+    return out if bits is x else lax.bitcast_convert_type(out, x.dtype)
+
+
+def _pack_segments_abstract_eval(x, lengths, *, size, unpack, batch):
+    features = batch + (2 if unpack else 1)
+    shape = (size,) if unpack else (lengths.shape[batch], size)
+    spec, lengths_spec = x.sharding.spec, lengths.sharding.spec
+    for what, axes, names in (
+        ("x", range(batch, features), spec),
+        ("the lengths", [batch], lengths_spec),
+    ):
+        for a in axes:
+            if names[a] is not None:
+                raise ValueError(
+                    f"{'un' * unpack}pack_segments: axis {a} of {what} is sharded over "
+                    f"mesh axis {names[a]!r}, but rows and steps change places here; "
+                    "replicate that axis with jax.sharding.reshard first."
+                )
+    rows = [a or b for a, b in zip(spec[:batch], lengths_spec[:batch], strict=True)]
+    spec = PartitionSpec(*rows, *[None] * len(shape), *spec[features:])
+    mesh = (lengths if x.sharding.mesh.empty else x).sharding.mesh
+    return x.update(
+        shape=(*x.shape[:batch], *shape, *x.shape[features:]),
+        sharding=NamedSharding(mesh, spec),
+    )
+
+
+def _pack_segments_transpose(ct, x, lengths, *, size, unpack, batch):
+    del size
+    size = x.shape[batch + 1 if unpack else batch]
+    return pack_segments_p.bind(ct, lengths, size=size, unpack=not unpack, batch=batch)
+
+
+def _pack_segments_batching(axis_data, operands, dims, *, size, unpack, batch):
+    (x, lengths), (x_dim, lengths_dim) = operands, dims
+    pack = partial(bind, size=size, unpack=unpack)
+    if lengths_dim is not None:
+        if x_dim is None:
+            mesh_axis = axis_data.explicit_mesh_axis
+            x = batching.broadcast(x, axis_data.size, 0, mesh_axis=mesh_axis)
+            x_dim = 0
+        x, lengths = jnp.moveaxis(x, x_dim, 0), jnp.moveaxis(lengths, lengths_dim, 0)
+        return pack(x, lengths, batch=batch + 1), 0
+    if x_dim is None:  # JAX calls with nothing mapped, too.
+        return pack(x, lengths, batch=batch), None
+    # An axis of x alone is one more feature axis.
+    features, out_features = batch + 1 + unpack, batch + 2 - unpack
+    if x_dim < features:
+        x, x_dim = jnp.moveaxis(x, x_dim, features), features
+    return pack(x, lengths, batch=batch), x_dim - features + out_features
+
+
+def _pack_segments_checkify(x, lengths, *, size, unpack, batch):
+    name, limit = "pack_segments", "the size of axis 0 of x"
+    if unpack:
+        name, limit = "unpack_segments", "total_length"
+    return length_error(name, lengths, size if unpack else x.shape[batch], limit)
+
+
+def _pack_segments_lowering(ctx, x, lengths, *, size, unpack, batch):
+    fun = partial(_move, size=size, unpack=unpack)
+    fun = reduce(lambda fun, _: jax.vmap(fun), range(batch), fun)
+    return lower(fun, ctx, x, lengths)
+
+
+pack_segments_p = linear_primitive(
+    "pack_segments",
+    abstract_eval=_pack_segments_abstract_eval,
+    transpose=_pack_segments_transpose,
+    check=_pack_segments_checkify,
+)
+batching.fancy_primitive_batchers[pack_segments_p] = _pack_segments_batching
+mlir.register_lowering(pack_segments_p, _pack_segments_lowering)
