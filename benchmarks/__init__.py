@@ -1,1 +1,1 @@
-"""Times beside a copy and beside other frameworks: `python -m benchmarks`."""
+"""Times beside a copy and beside other libraries: `python -m benchmarks`."""

@@ -1,162 +1,118 @@
-"""Times beside a copy, beside `x + 1`, and beside other frameworks on this machine.
+"""Times beside a copy and beside other libraries, on your machine.
 
-Every row is checked for right answers before it is timed. Rows go into one JSON file
-for each machine as they are known; a row that the machine was too noisy to tell is
-measured again, and says so if that does not help.
+Each contender is checked before it is timed, and all contenders of a row take turns. A
+ratio stands with two standard errors. Rows go into one JSON file for each machine.
 """
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import re
 import sys
-import time
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
-from typing import Any
 
 import jax
-from rich import box
-from rich.console import Console
-from rich.progress import MofNCompleteColumn, Progress, TimeElapsedColumn
-from rich.table import Table
 
-from benchmarks import report
-from benchmarks.contenders import OURS
+from benchmarks import recurrences, report
+from benchmarks.calls import measure_calls
 from benchmarks.results import Results, machine
-from benchmarks.rows import Options, Row, all_rows
+from benchmarks.reversals import measure_case
+from benchmarks.timing import LIMIT, Options, Row
+from tests.cases import BENCHMARKS, Case
+
+SMALL, LARGE, LONG = (32, 128, 32, 64), (32, 64, 64, 256), (8, 512, 32, 64)
+RECURRENCES = (
+    *(("scan", "GRU", SMALL), ("scan", "GRU", LARGE)),
+    *(("scan", "linear", (64, 1024, 64, 64)),),
+    *(("associative", (256, 2048, 1)), ("associative", (8, 2048, 64))),
+    *(
+        ("bidirectional", cell, shape)
+        for cell in ("GRU", "LSTM")
+        for shape in (SMALL, LARGE, LONG)
+    ),
+)
 
 
-def table(name: str, row: Row) -> Table:
-    """One line for each contender: its time, and its ratio to what stands beside it."""
-    limits = list(dict.fromkeys(label for t in row["times"] for label in t["to"]))
-    noise = row["noise"]
-    verdict = "quiet" if noise["quiet"] else "[bold red]TOO NOISY TO TELL"
-    caption = [f"{peer}: {why}" for peer, why in row.get("absent", {}).items()]
-    out = Table(
-        title=f"{name}: {verdict}, the same thing differs by "
-        f"{100 * noise['resolution']:.1f}%",
-        title_justify="left",
-        caption="\n".join(caption),
-        caption_justify="left",
-        box=box.SIMPLE_HEAD,
-        padding=0,
-        pad_edge=False,
-    )
-    for column in ("", "output"):
-        out.add_column(column, no_wrap=True)
-    for column in ("ms", "spread", *limits):
-        out.add_column(column, justify="right", no_wrap=True)
+def small(case: Case) -> Case:
+    """The case at a size that takes no time."""
+    shape = tuple(min(n, 32) for n in case.shape)
+    return dataclasses.replace(case, shape=shape, count=min(case.count, 4))
+
+
+def all_rows(quick: bool = False) -> dict[str, Callable[[Options], Row]]:
+    """Every row by its name, in the order in which the rows run."""
+    cut = small if quick else lambda case: case
+    rows: dict[str, Callable[[Options], Row]] = {
+        case.name: partial(measure_case, cut(case)) for case in BENCHMARKS
+    }
+    rows["calls"] = measure_calls
+    for group, *kind, shape in RECURRENCES:
+        name = " ".join([group, *kind, "x".join(map(str, shape))])
+        function = getattr(recurrences, f"measure_{group}")
+        shape = (4, 16, 8, 8)[: len(shape)] if quick else shape
+        rows[name] = partial(function, *kind, shape)
+    return rows
+
+
+def show(name: str, row: Row) -> None:
+    noisy = ", TOO NOISY" * (row["noise"] > LIMIT)
+    print(f"{name}: a contender differs from itself by {row['noise']:.1%}{noisy}")
     for t in row["times"]:
-        low, high = t["quartiles"]
-        out.add_row(
-            t["name"] + (f", {t['direction']}" * (t["direction"] != "forward")),
-            t["regime"],
-            f"{1e3 * t['seconds']:.3g}",
-            f"{100 * (high - low) / t['seconds']:.0f}%",
-            *(_ratio(t["to"].get(label)) for label in limits),
-            style="bold" if t["name"] == OURS else None,
-        )
-    return out
-
-
-def _ratio(ratio: Row | None) -> str:
-    """A ratio whose error is past a tenth of it has a tilde."""
-    if not ratio:
-        return ""
-    return f"{'~' * (10 * ratio['error'] > ratio['ratio'])}{ratio['ratio']:.2f}"
-
-
-def extras(row: Row) -> dict[str, Any]:
-    """What a row knows beside times and what every row has."""
-    keys = ("temporary_bytes", "import", "fresh output", "40 calls")
-    return {key: row[key] for key in keys if row.get(key)}
+        what = f"{t['name']}, {t['output']}, {t['direction']}"
+        ratios = [f"{report.ratio(t, base):>15} {base}" for base in t["to"]]
+        print(f"  {what:46}{1e3 * t['seconds']:9.4g} ms", *ratios)
+    for peer, why in row.get("absent", {}).items():
+        print(f"  {peer}: {why}")
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument(
-        "--filter", default="", help="a regular expression that names of rows contain"
-    )
-    parser.add_argument("--list", action="store_true", help="name the rows and stop")
-    parser.add_argument("--device", default=None, help="cpu, gpu or tpu; JAX's default")
-    parser.add_argument("--json", type=Path, help="write here, not to results/")
-    parser.add_argument(
-        "--resume", action="store_true", help="leave out rows that are there and quiet"
-    )
-    parser.add_argument(
-        "--quick", action="store_true", help="tiny sizes; times mean nothing"
-    )
-    parser.add_argument(
-        "--seconds", type=float, default=6.0, help="of timing for each row, about"
-    )
-    parser.add_argument(
-        "--tries", type=int, default=2, help="how often to measure a noisy row"
-    )
-    parser.add_argument(
-        "--plot", action="store_true", help="then bring docs/performance.md up to date"
-    )
+    parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
+    add = parser.add_argument
+    add("--filter", default="", help="a regular expression that a row's name contains")
+    add("--list", action="store_true", help="print the names and stop")
+    add("--device", help="cpu, gpu or tpu; the default is JAX's")
+    add("--json", type=Path, help="write here, not to benchmarks/results/")
+    add("--quick", action="store_true", help="tiny sizes; times mean nothing")
+    add("--seconds", type=float, default=6, help="of timing for each row")
+    add("--tries", type=int, default=2, help="how often to measure a noisy row")
+    add("--page", action="store_true", help="then bring the pages up to date")
     args = parser.parse_args(argv)
-    if args.quick and args.plot:
-        parser.error("--quick gives times that mean nothing; --plot would print them")
+    if args.quick and args.page:
+        parser.error("times with --quick mean nothing, and --page would print them")
     return args
 
 
 def main(argv: list[str] | None = None) -> int:
-    args, console = parse(argv), Console()
-    rows = all_rows(args.quick)
-    chosen = [name for name in rows if re.search(args.filter, name)]
-    if args.list:
-        print("\n".join(chosen))
-        return 0
-    if not chosen:
-        console.print(f"No row is named like {args.filter!r}; --list names them.")
-        return 2
-    device = jax.devices(args.device)[0]
-    results = None
-    if args.json or not args.quick:  # Quick figures never lie among the real ones.
-        results = Results(args.json, device)
-        if args.resume:
-            chosen = [name for name in chosen if not results.has(name)]
-    options = Options(device, args.seconds)
-    if args.quick:
-        options = options._replace(seconds=0.0, least_rounds=2)
-        args.tries = 1
-    console.print(f"{machine(device)['device']}; JAX {jax.__version__}", style="bold")
-    noisy = []
-    columns = (*Progress.get_default_columns(), MofNCompleteColumn())
-    with Progress(*columns, TimeElapsedColumn(), console=console) as progress:
-        task = progress.add_task("", total=len(chosen))
-        for name in chosen:
-            progress.update(task, description=name)
-            row = rows[name](options)
-            for _ in range(args.tries - 1):
-                if row["noise"]["quiet"]:
-                    break
-                time.sleep(2)  # What makes the noise may end.
-                row = min(row, rows[name](options), key=_resolution)
-            if not row["noise"]["quiet"]:
-                noisy.append(name)
+    args = parse(argv)
+    rows = {k: v for k, v in all_rows(args.quick).items() if re.search(args.filter, k)}
+    if args.list or not rows:
+        print("\n".join(rows) or f"no row's name contains {args.filter!r}; see --list")
+        return 0 if rows else 2
+    options = Options(0.0, 2) if args.quick else Options(args.seconds)
+    with jax.default_device(jax.devices(args.device)[0]):
+        # Quick figures never go among the real ones.
+        results = Results(args.json) if args.json or not args.quick else None
+        print(f"{machine()}; JAX {jax.__version__}", flush=True)
+        for i, (name, measure) in enumerate(rows.items(), 1):
+            row = measure(options)
+            for _ in range(0 if args.quick else args.tries - 1):
+                if row["noise"] > LIMIT:
+                    row = min(row, measure(options), key=lambda row: row["noise"])
+            print(f"[{i}/{len(rows)}] ", end="")
+            show(name, row)
+            sys.stdout.flush()
             if results is not None:
                 results.add(name, row)
-            console.print(table(name, row))
-            for what, found in extras(row).items():
-                console.print(f"{what}: {found}", highlight=False)
-            progress.advance(task)
-    if noisy:
-        console.print(f"TOO NOISY TO TELL: {', '.join(noisy)}", style="bold red")
     if results is not None:
-        console.print(f"{len(chosen)} rows written to {results.path}")
-    if args.plot:
-        report.main([])
+        for part in report.PARTS[:-1]:
+            print(f"\n{report.part(part, '', results.data)}")
+        print(f"\n{len(rows)} rows written to {results.path}")
+    if args.page:
+        report.main()
     return 0
-
-
-def _resolution(row: Row) -> float:
-    return row["noise"]["resolution"]
 
 
 if __name__ == "__main__":

@@ -1,217 +1,98 @@
-"""The same job in other frameworks, as far as they are installed and can do it.
+"""The same reversal in other frameworks, as far as they are installed and can do it.
 
-Each function yields contenders for one row, or raises: `Absent` where the framework has
-no such operator, ImportError where it is not installed (which no type checker need
-know).
+Each function yields contenders, or raises.
 """
 
 from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator
-from importlib import import_module
+from importlib import import_module  # A type checker need not find the frameworks.
 from typing import Any
 
 import numpy as np
 
-from benchmarks.contenders import Absent, Operands, flax, take_along_axis
-from benchmarks.timing import Contender
+from benchmarks.timing import Absent, Contender, device
 
 
-def _times(call: Callable[[], Any], wait: Callable[[], Any] | None = None):
+def _repeat(call: Callable[[], Any], wait: Callable[[], Any] = lambda: None):
     def run(n: int) -> Any:
         for _ in range(n - 1):
             call()
         out = call()
-        if wait is not None:
-            wait()
+        wait()
         return out
 
     return run
 
 
-def _on_host(o: Operands, padded: bool = False) -> None:
-    if o.device.platform != "cpu":
-        raise Absent("on the CPU only")
-    if padded and o.case.layout != "padded":
-        raise Absent("one segment a row only")
+def _host_only() -> None:
+    if device().platform != "cpu":
+        raise Absent("timed on the CPU only")
 
 
-def tensorflow(o: Operands) -> Iterator[Contender]:
-    _on_host(o, padded=True)
-    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")  # It talks while it is loaded.
+def tensorflow(o: Any) -> Iterator[Contender]:
+    _host_only()
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
     tf = import_module("tensorflow")
-
     x, lengths = tf.constant(o.host), tf.constant(o.segments)
-    axes = dict(seq_axis=o.case.axis, batch_axis=o.case.batch_axes[0])
-    compiled = tf.function(
-        lambda x, lengths: tf.reverse_sequence(x, lengths, **axes), jit_compile=True
-    )
-    eager = _times(lambda: tf.reverse_sequence(x, lengths, **axes))
-    yield Contender("TensorFlow", eager, "pooled")
-    yield Contender("TensorFlow XLA", _times(lambda: compiled(x, lengths)), "pooled")
+
+    def eager() -> Any:
+        return tf.reverse_sequence(x, lengths, o.case.axis, o.case.batch_axes[0])
+
+    compiled = tf.function(eager, jit_compile=True)
+    yield Contender("TensorFlow", _repeat(eager), "pooled")
+    yield Contender("TensorFlow XLA", _repeat(compiled), "pooled")
 
 
-def onnx_runtime(o: Operands) -> Iterator[Contender]:
-    _on_host(o, padded=True)
+def onnx_runtime(o: Any) -> Iterator[Contender]:
+    _host_only()
     onnxruntime, helper = import_module("onnxruntime"), import_module("onnx.helper")
+    feed = {"x": o.host, "lengths": o.segments.astype(np.int64)}
 
-    int64, kind = map(
-        helper.np_dtype_to_tensor_dtype, (np.dtype(np.int64), o.host.dtype)
-    )
-    node = helper.make_node(
-        "ReverseSequence",
-        ["x", "lengths"],
-        ["y"],
-        time_axis=o.case.axis,
-        batch_axis=o.case.batch_axes[0],
-    )
-    graph = helper.make_graph(
-        [node],
-        "reverse",
-        [
-            helper.make_tensor_value_info("x", kind, o.host.shape),
-            helper.make_tensor_value_info(
-                "lengths",
-                int64,
-                o.segments.shape,
-            ),
-        ],
-        [helper.make_tensor_value_info("y", kind, o.host.shape)],
-    )
-    model = helper.make_model(
-        graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=10
-    )
+    def info(name: str, array: np.ndarray) -> Any:
+        kind = helper.np_dtype_to_tensor_dtype(array.dtype)
+        return helper.make_tensor_value_info(name, kind, array.shape)
+
+    axes = dict(time_axis=o.case.axis, batch_axis=o.case.batch_axes[0])
+    node = helper.make_node("ReverseSequence", list(feed), ["y"], **axes)
+    inputs, outputs = [info(*pair) for pair in feed.items()], [info("y", o.host)]
+    graph = helper.make_graph([node], "reverse", inputs, outputs)
+    opset = helper.make_opsetid("", 17)
+    model = helper.make_model(graph, opset_imports=[opset], ir_version=10)
     options = onnxruntime.SessionOptions()
-    options.log_severity_level = 4  # What it cannot do it raises, too.
-    # Its threads would go on spinning in the turn of the next contender.
+    options.log_severity_level = 4
+    # Its threads would spin on in the turn of the next contender.
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     session = onnxruntime.InferenceSession(
         model.SerializeToString(), options, providers=["CPUExecutionProvider"]
     )
-    feed = {"x": o.host, "lengths": o.segments.astype(np.int64)}
-    yield Contender(
-        "ONNX Runtime", _times(lambda: session.run(None, feed)[0]), "pooled"
-    )
-    to_value = onnxruntime.OrtValue.ortvalue_from_numpy
-    out = to_value(np.zeros_like(o.host))
-    binding = session.io_binding()
-    for name, value in feed.items():
-        binding.bind_ortvalue_input(name, to_value(value))
-    binding.bind_ortvalue_output("y", out)
-
-    def reused(n: int) -> np.ndarray | None:
-        for _ in range(n):
-            session.run_with_iobinding(binding)
-        return out.numpy() if n == 1 else None  # A copy of it.
-
-    yield Contender("ONNX Runtime", reused, "reused")
+    run = _repeat(lambda: session.run(None, feed)[0])
+    yield Contender("ONNX Runtime", run, "pooled")
 
 
-def _torch_index(torch: Any, segments: Any, o: Operands) -> Any:
-    """As `pasted_index`."""
-    size = o.case.size
-    t = torch.arange(size, device=segments.device)
-    if o.case.layout == "padded":
-        n = segments[:, None]
-        return torch.where(t < n, n - 1 - t, t)
-    if o.case.layout == "packed":
-        ends = segments.cumsum(1)
-        rows = t.expand(len(ends), -1).contiguous()
-        k = torch.searchsorted(ends, rows, right=True)
-        inside, k = k < ends.shape[1], k.clamp(max=ends.shape[1] - 1)
-        end = ends.gather(1, k)
-        start = end - segments.gather(1, k)
-        return torch.where(inside, start + end - 1 - t, t)
-    changes = segments[:, 1:] != segments[:, :-1]
-    edge = torch.ones_like(changes[:, :1])
-    starts, ends = torch.cat([edge, changes], 1), torch.cat([changes, edge], 1)
-    start = torch.where(starts, t, 0).cummax(1).values
-    end = torch.where(ends, t, size - 1).flip(1).cummin(1).values.flip(1)
-    if o.case.padding_id is None:
-        return start + end - t
-    return torch.where(segments != o.case.padding_id, start + end - t, t)
-
-
-def pytorch(o: Operands) -> Iterator[Contender]:
+def pytorch(o: Any) -> Iterator[Contender]:
+    """`index_select` of whole rows, which is mostly faster than `gather`."""
     torch = import_module("torch")
-
-    platform = {"gpu": "cuda"}.get(o.device.platform, o.device.platform)
-    if platform == "cuda" and not torch.cuda.is_available():
-        raise Absent("a build of PyTorch without CUDA")
+    where = {"gpu": "cuda"}.get(device().platform, device().platform)
+    if where != "cpu" and not (where == "cuda" and torch.cuda.is_available()):
+        raise Absent("this build of PyTorch cannot use the device")
+    wait = torch.cuda.synchronize if where == "cuda" else lambda: None
     host = o.host if o.host.dtype.kind != "V" else o.host.view(np.int16)  # bfloat16
-    x = torch.from_numpy(host).to(platform)
-    segments = torch.from_numpy(o.segments.astype(np.int64)).to(platform)
-    wait = torch.cuda.synchronize if platform == "cuda" else None
-    axis, out = o.case.axis, torch.zeros_like(x)
+    x = torch.from_numpy(host).to(where)
+    lengths = torch.from_numpy(o.segments.astype(np.int64)[:, None]).to(where)
+    flat, out = x.flatten(0, 1), torch.zeros_like(x).flatten(0, 1)
+    t = torch.arange(o.case.size, device=x.device)
+    n = torch.arange(len(lengths), device=x.device)[:, None]
 
-    def index() -> Any:
-        source = _torch_index(torch, segments, o)
-        return source.T if axis == 0 else source
+    def call(**more: Any) -> Any:
+        source = torch.where(t < lengths, lengths - 1 - t, t)
+        time_major = o.case.axis == 0
+        rows = (source * len(n) + n).T if time_major else n * len(t) + source
+        return torch.index_select(flat, 0, rows.flatten(), **more).view(x.shape)
 
-    def gather(**more: Any) -> Any:
-        expanded = index().reshape(*x.shape[:2], *[1] * (x.ndim - 2)).expand(x.shape)
-        return torch.gather(x, axis, expanded, **more)
-
-    def rows(**more: Any) -> Any:
-        """Rows of the array flattened to (N * T, ...)."""
-        source = _torch_index(torch, segments, o)
-        n = torch.arange(len(source), device=x.device)[:, None]
-        flat = (source * len(n) + n).T if axis == 0 else n * x.shape[1] + source
-        more = {name: value.flatten(0, 1) for name, value in more.items()}
-        return torch.index_select(x.flatten(0, 1), 0, flat.flatten(), **more).view(
-            x.shape
-        )
-
-    def to_numpy(run: Callable[[int], Any]) -> Callable[[int], Any]:
-        return lambda n: run(n).cpu() if n == 1 else run(n)
-
-    for name, call in (("PyTorch gather", gather), ("PyTorch index_select", rows)):
-
-        def into(call=call) -> Any:
-            call(out=out)
-            return out
-
-        yield Contender(name, to_numpy(_times(call, wait)), "fresh")
-        yield Contender(name, to_numpy(_times(into, wait)), "reused")
+    yield Contender("PyTorch", _repeat(call, wait))
+    yield Contender("PyTorch", _repeat(lambda: call(out=out), wait), "reused")
 
 
-def numpy(o: Operands) -> Iterator[Contender]:
-    """A loop over the segments, each reversed by slices; padding copied."""
-    _on_host(o)
-    x = np.moveaxis(o.host, o.case.axis, 1)
-    out = np.zeros_like(o.host)
-    target = np.moveaxis(out, o.case.axis, 1)
-
-    def bounds(row: np.ndarray) -> Any:
-        if o.case.layout == "ids":
-            ends = np.flatnonzero(np.diff(row, append=row[-1] + 1)) + 1
-            starts = np.concatenate([[0], ends[:-1]])
-            keep = slice(None)
-            if o.case.padding_id is not None:
-                keep = row[starts] != o.case.padding_id
-            return zip(starts[keep], ends[keep], strict=True)
-        ends = np.atleast_1d(row).cumsum()
-        return zip(np.concatenate([[0], ends[:-1]]), ends, strict=True)
-
-    def call() -> np.ndarray:
-        for n, row in enumerate(o.segments):
-            last = 0
-            for start, end in bounds(row):
-                target[n, last:start] = x[n, last:start]
-                target[n, start:end] = x[n, start:end][::-1]
-                last = end
-            target[n, last:] = x[n, last:]
-        return out
-
-    yield Contender("NumPy loop", _times(call))
-
-
-PEERS = {
-    "take_along_axis": take_along_axis,
-    "Flax": flax,
-    "TensorFlow": tensorflow,
-    "ONNX Runtime": onnx_runtime,
-    "PyTorch": pytorch,
-    "NumPy": numpy,
-}
+PEERS = {"TensorFlow": tensorflow, "ONNX Runtime": onnx_runtime, "PyTorch": pytorch}

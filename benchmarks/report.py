@@ -1,291 +1,253 @@
-"""Puts the committed results into docs/: `python -m benchmarks.report`.
+"""The figures of docs/performance.md and of the README: `python -m benchmarks.report`.
 
-The tables of docs/performance.md stand between comments that name them, and are made
-from benchmarks/results/ alone; so are the plots beside it. The last line that it prints
-is a summary for the README.
+The tables stand between comments that name them. All figures and pictures are made
+from benchmarks/results/ alone.
 """
 
 from __future__ import annotations
 
 import json
 import re
-import sys
-from collections.abc import Callable, Iterable
 from typing import Any
 
-from benchmarks.results import FOLDER, source
+from benchmarks.results import FOLDER
+from benchmarks.reversals import COPY, OURS, SNIPPET
+from benchmarks.timing import LIMIT, Row
 
 DOCS = FOLDER.parent.parent / "docs"
-PAGE = DOCS / "performance.md"
-OURS = "jax_revseg"
-Data = dict[str, Any]
+PAGE, README = DOCS / "performance.md", DOCS.parent / "README.md"
 
 
-def load() -> list[Data]:
-    """Every machine's results, with the name of its file."""
-    paths = sorted(FOLDER.glob("*.json"))
-    return [json.loads(path.read_text()) | {"slug": path.stem} for path in paths]
+def load() -> dict[str, Row]:
+    """Every machine's results by the name of the file."""
+    return {p.stem: json.loads(p.read_text()) for p in sorted(FOLDER.glob("*.json"))}
 
 
-# ---- reading a row
+def quiet(data: Row, group: str) -> dict[str, Row]:
+    """The rows of a group that are not too noisy, by their names without the group."""
+    return {
+        name.removeprefix(f"{group} "): row
+        for name, row in data["rows"].items()
+        if row["group"] == group and row["noise"] <= LIMIT
+    }
 
 
-def rows(data: Data, kind: str) -> dict[str, Data]:
-    """The rows of a kind: "case", "curve", "forms", "dispatch" or "rnn"."""
-
-    def of(name: str, row: Data) -> str:
-        if "curve" in row:
-            return "curve"
-        if name.startswith("forms-"):
-            return "forms"
-        return "case" if "layout" in row else name.split("-")[0]
-
-    return {n: row for n, row in data["rows"].items() if of(n, row) == kind}
-
-
-def _quiet(row: Data) -> bool:
-    return row["noise"]["quiet"]
-
-
-def find(row: Data, name: str, regime: str, direction: str = "forward") -> Data | None:
+def find(row: Row, name: str, output: str, direction: str) -> Row | None:
     for t in row["times"]:
-        if (t["name"], t["regime"], t["direction"]) == (name, regime, direction):
+        if (t["name"], t["output"], t["direction"]) == (name, output, direction):
             return t
     return None
 
 
-def _name(name: str, row: Data) -> str:
-    return f"`{name}`" if _quiet(row) else f"`{name}` (noisy)"
-
-
-def _to(time: Data | None, label: str) -> str:
-    found = (time or {}).get("to", {}).get(label)
+def ratio(time: Row | None, base: str) -> str:
+    found = time["to"].get(base) if time else None
     return f"{found['ratio']:.2f} ± {found['error']:.2f}" if found else ""
 
 
-def _ms(time: Data | None) -> str:
+def ms(time: Row | None) -> str:
     return f"{1e3 * time['seconds']:.3g}" if time else ""
 
 
-def _bytes(n: int) -> str:
-    for unit, size in (("GB", 2**30), ("MB", 2**20), ("kB", 2**10)):
-        if n >= size:
-            return f"{n / size:.3g} {unit}"
-    return f"{n} B"
-
-
-def _markdown(head: list[str], body: Iterable[list[str]]) -> str:
-    lines = [head, ["---"] + ["--:"] * (len(head) - 1), *body]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+def markdown(head: list[str], lines: list[list[str]]) -> str:
+    rows = [head, ["---"] + ["--:"] * (len(head) - 1), *lines]
+    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
 
 
 # ---- the parts of the page
 
 
-def machine(data: Data) -> str:
-    """What the figures were measured with, and which of them tell nothing."""
+def machine(data: Row) -> str:
     parts = []
     for at, run in data["runs"].items():
-        versions = ", ".join(f"{k} {v}" for k, v in run["versions"].items())
         count = sum(row["run"] == at for row in data["rows"].values())
-        parts.append(
-            f"- {at[:10]}, {count} rows: Python {run['python']}, {versions}; load "
-            f"before the run {run['load_before']}; source `{run['source']}`."
-        )
-    noisy = [name for name, row in data["rows"].items() if not _quiet(row)]
-    if noisy:
-        parts.append(
-            f"- Noisy: {len(noisy)} of {len(data['rows'])} rows; "
-            f"{sum('curve' in data['rows'][name] for name in noisy)} of these are "
-            "points of the curves."
-        )
-    return "\n".join(parts)
+        versions = ", ".join(f"{k} {v}" for k, v in run["versions"].items())
+        parts.append(f"{count} rows of {at[:10]}: {versions}.")
+    if noisy := [k for k, row in data["rows"].items() if row["noise"] > LIMIT]:
+        parts.append(f"Too noisy, and left out: {', '.join(noisy)}.")
+    return " ".join(parts)
 
 
-def cases(data: Data) -> str:
-    """Where a case stands beside the limits."""
-    body = []
-    for name, row in rows(data, "case").items():
-        reused, fresh = (find(row, OURS, regime) for regime in ("reused", "fresh"))
-        ratios = [
-            *(_to(reused, label) for label in ("x + 1", "copy")),
-            _to(find(row, OURS, "reused", "vjp"), "forward"),
-            _to(fresh, "x + 1"),
-        ]
-        temporary = row["temporary_bytes"].get(OURS)
-        body.append(
-            [
-                _name(name, row),
-                _bytes(row["bytes"]),
-                _ms(reused),
-                *ratios,
-                _bytes(temporary["forward"]) if temporary else "",
-            ]
-        )
-    head = ["case", "bytes", "ms", "to `x + 1`", "to a copy", "VJP to forward"]
-    return _markdown([*head, "fresh, to fresh `x + 1`", "temporary"], body)
+def limits(data: Row) -> str:
+    head = ["case", "reused, ms", "to a copy", "gradient, to a copy"]
+    head += ["new, ms", "to a new copy", "temporary kB"]
+    lines = []
+    for name, row in quiet(data, "reversal").items():
+        times = [find(row, OURS, output, "forward") for output in ("reused", "new")]
+        texts = [text for t in times for text in (ms(t), ratio(t, COPY))]
+        backward = ratio(find(row, OURS, "reused", "gradient"), COPY)
+        temporary = f"{row['temporary_bytes'] / 1e3:.1f}"
+        lines.append([f"`{name}`", *texts[:2], backward, *texts[2:], temporary])
+    return markdown(head, lines)
 
 
-def peers(data: Data) -> str:
-    """How many times our time each peer takes, where it does best beside us."""
-    found: dict[str, dict[str, Data]] = {}
-    for name, row in rows(data, "case").items():
-        for t in row["times"]:
-            if "ours" not in t["to"] or t["name"] == OURS:
-                continue
-            column = t["name"] + (", VJP" if t["direction"] == "vjp" else "")
-            columns = {column: t["to"]["ours"]}
-            if "fresh" in t["to"]:
-                columns[column + ", to ours fresh"] = t["to"]["fresh"]
-            for column, ratio in columns.items():
-                best = found.setdefault(column, {})
-                ratios = [r for r in (best.get(name), ratio) if r]
-                best[name] = min(ratios, key=lambda r: r["ratio"])
-    body = [
-        [_name(name, row), *(_cell(by_case.get(name)) for by_case in found.values())]
-        for name, row in rows(data, "case").items()
-    ]
-    if not body:
-        return "Not run."
-    return _markdown(["case", *found], body)
+def _peers(data: Row, columns: dict[tuple[str, str, str], str]) -> str:
+    """Ratios to the same call of this library; in bold what is faster beyond doubt."""
+    lines = []
+    for name, row in quiet(data, "reversal").items():
+        cells = []
+        for column in columns:
+            t = find(row, *column)
+            r = t["to"].get(OURS) if t else None
+            bold = "**" if r and r["ratio"] + r["error"] < 1 else ""
+            cells.append(f"{bold}{ratio(t, OURS)}{bold}")
+        if any(cells):
+            lines.append([f"`{name}`", *cells])
+    return markdown(["case", *columns.values()], lines)
 
 
-def _cell(ratio: Data | None) -> str:
-    if not ratio:
-        return ""
-    text = f"{ratio['ratio']:.2f} ± {ratio['error']:.2f}"
-    # Only what the error leaves no doubt about is called slower.
-    return f"**{text}**" if ratio["ratio"] + ratio["error"] < 1 else text
+def plain(data: Row) -> str:
+    pooled = ("TensorFlow", "TensorFlow XLA", "ONNX Runtime")
+    new = (SNIPPET, "Flax", "PyTorch")
+    keys = [(n, "new", "forward") for n in new]
+    keys += [(n, "pooled", "forward") for n in pooled]
+    return _peers(data, {key: key[0] for key in keys})
 
 
-def dispatch(data: Data) -> str:
-    row = rows(data, "dispatch").get("dispatch")
-    if not row:
-        return "Not run."
-    body = [
-        [f"{t['name']}, {t['regime']}", f"{1e6 * t['seconds']:.1f}", _to(t, "jnp.flip")]
-        for t in row["times"]
-    ]
-    fresh = row["fresh output"]
-    calls = [
-        [f"{name}", f"{c['stablehlo_bytes'] / 1e3:.1f} kB", _ms(c) + " ms"]
-        for name, c in row["40 calls"].items()
-    ]
-    return "\n\n".join(
-        [
-            _markdown(["a call on (4, 16, 8)", "us", "to `jnp.flip`"], body),
-            _markdown(["40 calls in one function", "StableHLO", "compile"], calls),
-            f"`import jax_revseg` adds {_ms(row['import'])} ms to `import jax`.",
-            "A fresh output of 64 MB makes `x + 1` take "
-            f"{fresh['default']} times as long as a reused one; with huge pages, "
-            f"{fresh['huge pages']} times.",
-        ]
+def reused(data: Row) -> str:
+    keys = [(n, "reused", way) for n in (SNIPPET, "Flax") for way in WAYS]
+    keys.append(("PyTorch", "reused", "forward"))
+    return _peers(data, {key: key[0] + WAYS[key[2]] for key in keys})
+
+
+WAYS = {"forward": "", "gradient": ", gradient"}
+
+
+def recurrence(data: Row, group: str) -> str:
+    """The time of the first contender, and the ratio of each other one to it."""
+    rows = quiet(data, group)
+    names = list(dict.fromkeys(t["name"] for r in rows.values() for t in r["times"]))
+    lines = []
+    for name, row in rows.items():
+        for way, title in WAYS.items():
+            base, *others = (find(row, n, "new", way) for n in names)
+            cells = [ms(base), *(ratio(t, names[0]) for t in others)]
+            lines.append([f"`{name}`{title}", *cells])
+    return markdown(["", *(n + ", ms" * (n == names[0]) for n in names)], lines)
+
+
+def calls(data: Row) -> str:
+    if not (row := quiet(data, "calls").get("calls")):
+        return "Not measured."
+    lines = []
+    for t in row["times"]:
+        base = "jnp.flip" + ", jitted" * ("jitted" in t["name"])
+        lines.append([t["name"], f"{1e6 * t['seconds']:.1f}", ratio(t, base)])
+    return markdown(["a call on (4, 16, 8)", "us", "to `jnp.flip`"], lines) + (
+        f"\n\n`import jax_revseg` adds {1e3 * row['import_seconds']:.0f} ms to "
+        "`import jax`."
     )
 
 
-def forms(data: Data) -> str:
-    """Other forms of the lowering, over `x + 1`."""
-    body = []
-    for name, row in rows(data, "forms").items():
-        times = [t for t in row["times"] if "ours" in t["to"]]
-        found = [
-            f"{t['name']} {_to(t, 'x + 1')}" for t in times if t["direction"] != "vjp"
-        ]
-        body.append([_name(name.removeprefix("forms-"), row), "; ".join(found)])
-    if not body:
-        return "Not run."
-    return _markdown(["case", "time over that of `x + 1`"], body).replace("--:", "---")
+# ---- pictures
 
 
-def rnn(data: Data) -> str:
-    """A step of a bidirectional network, in several ways."""
-    body = [
-        [
-            _name(name.removeprefix("rnn-"), row),
-            *(t["name"], t["direction"], _ms(t)),
-            *(_to(t, to) for to in ("ours", "two scans")),
-        ]
-        for name, row in rows(data, "rnn").items()
-        for t in row["times"]
-        if not t["name"].endswith(", again")
+def svg(title: str, bars: list[tuple[str, Row]]) -> str:
+    """Horizontal bars with their errors, and a line at 1; 400 wide, for a phone."""
+    left, unit = 178, 160 / max([2.0, *(r["ratio"] + r["error"] for _, r in bars)])
+    height = 46 + 24 * len(bars)
+    out = [
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 400 {height}" '
+        'width="400" font-family="sans-serif" font-size="13" fill="#111111">',
+        '<rect width="400" height="100%" fill="#ffffff"/>',
+        f'<text x="8" y="20" font-size="14" font-weight="bold">{title}</text>',
     ]
-    if not body:
-        return "Not run."
-    head = ["N, T, D, H", "way", "direction", "ms", "to ours", "to two scans"]
-    return _markdown(head, body)
+    for i, (label, r) in enumerate(bars):
+        y, end = 34 + 24 * i, left + unit * r["ratio"]
+        low, high = (end + sign * unit * r["error"] for sign in (-1, 1))
+        out += [
+            f'<text x="{left - 8}" y="{y + 13}" text-anchor="end">{label}</text>',
+            f'<rect x="{left}" y="{y}" width="{end - left:.1f}" height="17" '
+            'fill="#8fc1e8"/>',
+            f'<path d="M{low:.1f} {y + 8.5}H{high:.1f}" stroke="#111111"/>',
+            f'<text x="{high + 6:.1f}" y="{y + 13}">{r["ratio"]:.2f}</text>',
+        ]
+    x = f"{left + unit:.1f}"
+    out.append(f'<path d="M{x} 28V{height - 8}" stroke="#c03a00" stroke-width="1.5"/>')
+    return "\n".join([*out, "</svg>\n"])
 
 
-def pictures(data: Data) -> str:
-    device = data["machine"]["device"]
-    return "\n\n".join(
-        f"![{alt}, on {device}](performance-{data['slug']}-{kind}.png)"
-        for kind, alt in (
-            ("cases", "The time of each contender over that of a copy, case by case"),
-            (
-                "growth",
-                "The time of a reversal, of x + 1 and of a copy, as T, N, D, K "
-                "and the segments at a fixed size grow",
-            ),
+def pictures(slug: str, data: Row) -> dict[str, tuple[str, str]]:
+    """For each file: its title, and its text."""
+
+    def bars(group: str, name: str, output: str, base: str) -> list[tuple[str, Row]]:
+        found = []
+        for label, row in quiet(data, group).items():
+            t = find(row, name, output, "forward")
+            if t and base in t["to"]:
+                found.append((label, t["to"][base]))
+        return found
+
+    shown = {
+        "A reversal; a copy takes 1": ("reversal", OURS, "reused", COPY),
+        "scan_segments; lax.scan takes 1": ("scan", "scan_segments", "new", "lax.scan"),
+    }
+    return {
+        f"performance-{slug}-{what[0]}.svg": (title, svg(title, found))
+        for title, what in shown.items()
+        if (found := bars(*what))
+    }
+
+
+# ---- the pages
+
+
+def readme(data: Row) -> str:
+    """The paragraph on speed."""
+    row = quiet(data, "reversal")["padded-64x128x256"]
+    scan = quiet(data, "scan")["GRU 32x128x32x64"]
+    ours, snippet, backward = (
+        ratio(find(row, name, "reused", way), base)
+        for name, way, base in (
+            (OURS, "forward", COPY),
+            (SNIPPET, "forward", OURS),
+            (SNIPPET, "gradient", OURS),
         )
     )
-
-
-def readme(data: Data) -> str:
-    """One line with one figure, for the README."""
-    row = rows(data, "case").get("padded-64x128x256")
-    if not row:
-        return ""
-    ours = find(row, OURS, "reused")
-    idiom = find(row, "take_along_axis", "reused")
-    idiom_vjp = find(row, "take_along_axis", "reused", "vjp")
+    ragged = ratio(find(scan, "scan_segments", "new", "forward"), "lax.scan")
     return (
-        f"A float32 (64, 128, 256) batch takes {_to(ours, 'x + 1')} times as long as "
-        f"`x + 1`, which reads and writes as much; the `where` + `take_along_axis` "
-        f"snippet takes {_to(idiom, 'ours')} times that, and its gradient "
-        f"{_to(idiom_vjp, 'ours')} times ours ({data['machine']['device']}; "
-        "[all figures](docs/performance.md))."
+        f"A float32 batch of (64, 128, 256) takes {ours} times as long as a copy. The "
+        f"`where` + `take_along_axis` snippet takes {snippet} times as long as this "
+        f"library, and its gradient {backward} times. A GRU in `scan_segments` takes "
+        f"{ragged} times as long as in `lax.scan`, which does not skip padding "
+        f"({data['device']}; [all figures](docs/performance.md))."
     )
 
 
-PARTS: dict[str, Callable[[Data], str]] = {
-    "machine": machine,
-    "cases": cases,
-    "peers": peers,
-    "dispatch": dispatch,
-    "forms": forms,
-    "rnn": rnn,
-    "pictures": pictures,
-}
+PARTS = ("machine", "limits", "plain", "reused", "scan", "associative")
+PARTS += ("bidirectional", "calls", "pictures")
 
 
-def render(page: str, all_data: list[Data]) -> str:
-    """The page with each part between its comments made anew."""
-
-    def part(match: re.Match[str]) -> str:
-        make = PARTS[match[1]]
-        made = [
-            f"**{data['machine']['device']}**\n\n{make(data)}" for data in all_data
-        ] or ["Not run."]
-        return "\n\n".join([f"<!-- {match[1]} -->", *made, "<!-- end -->"])
-
-    return re.sub(r"<!-- (\w+) -->\n.*?<!-- end -->", part, page, flags=re.DOTALL)
+def part(name: str, slug: str, data: Row) -> str:
+    if name == "pictures":
+        made = pictures(slug, data).items()
+        return "\n\n".join(f"![{title}]({file})" for file, (title, _) in made)
+    makers = dict(machine=machine, limits=limits, plain=plain, reused=reused)
+    make: Any = (makers | dict(calls=calls)).get(name)
+    return make(data) if make else recurrence(data, name)
 
 
-def main(argv: list[str] | None = None) -> int:
-    all_data = load()
-    for data in all_data:
-        stale = {run["source"] for run in data["runs"].values()} - {source()}
-        if stale:
-            print(f"{data['slug']}: some rows are from other source, {stale}")
-    PAGE.write_text(render(PAGE.read_text(), all_data))
-    from benchmarks import plots  # Tests render the page without matplotlib.
+def render(page: str, results: dict[str, Row]) -> str:
+    """The page, with each part between its comments made anew."""
 
-    for data in all_data:
-        for path in plots.draw(data, DOCS):
-            print(path)
-    print(*(readme(data) for data in all_data), sep="\n")
-    return 0
+    def made(match: re.Match[str]) -> str:
+        parts = [
+            f"**{data['device']}**\n\n{part(match[1], slug, data)}"
+            for slug, data in results.items()
+        ]
+        parts = parts or ["Not measured."]
+        return "\n\n".join([f"<!-- {match[1]} -->", *parts, "<!-- end -->"])
+
+    return re.sub(r"<!-- (\w+) -->\n.*?<!-- end -->", made, page, flags=re.DOTALL)
+
+
+def main() -> None:
+    results = load()
+    PAGE.write_text(render(PAGE.read_text(), results))
+    for slug, data in results.items():
+        for file, (_, text) in pictures(slug, data).items():
+            (DOCS / file).write_text(text)
+    print("For the README:", *map(readme, results.values()), sep="\n")
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

@@ -1,102 +1,145 @@
-"""The benchmarks: that they run, check what they time, and say what they measured.
+"""The benchmarks run, check what they time, and the pages show what they measured.
 
-No test here looks at a time: a loaded machine would fail it.
+No test looks at a time: a busy machine would fail it.
 """
 
 import json
+import time
+from dataclasses import replace
 
 import jax
 import numpy as np
 import pytest
 
-from benchmarks import __main__ as command, report, rows
-from benchmarks.contenders import Absent, Operands
+from benchmarks import __main__ as command, calls, recurrences, report, reversals
 from benchmarks.results import Results
-from benchmarks.timing import Contender, noise, ratio
-from tests.cases import SMALL, Case
+from benchmarks.timing import LIMIT, Absent, Contender, Options, gather, measure, ratio
+from tests.cases import BENCHMARKS, SMALL
+
+ROWS = ("padded-64x512x8", "calls", "scan linear", "associative 8x", "LSTM 8x")
 
 
-def test_quick_run_writes_its_rows(tmp_path, capsys):
-    """One case with every peer that is here, one point of a curve."""
-    path = tmp_path / "results.json"
-    arguments = ["--quick", "--json", str(path), "--filter", "^padded-64x512x8|T-16$"]
-    assert command.main(arguments) == 0
+def test_quick_run_writes_a_row_of_each_group(tmp_path, monkeypatch, capsys):
+    """`make bench` would stop half way, or print no table for the user's machine."""
+    monkeypatch.setattr(calls, "IMPORT", "print(0.5)")
+    path, chosen = tmp_path / "results.json", "|".join(ROWS)
+    quick = ["--quick", "--json", str(path), "--filter", chosen, "--device", "cpu"]
+    assert command.main(quick) == 0
     data = json.loads(path.read_text())
-    case, point = data["rows"].values()
-    assert (point["curve"], point["value"]) == ("T", 16)
-    assert case["temporary_bytes"]["jax_revseg"] == {"forward": 0, "vjp": 0}
-    keys = {(t["name"], t["regime"], t["direction"]) for t in case["times"]}
-    for name in ("jax_revseg", "take_along_axis"):
-        for direction in ("forward", "vjp"):
-            assert {(name, r, direction) for r in ("reused", "fresh")} < keys
-    assert ("jax_revseg", "eager", "forward") in keys
-    assert all(t["seconds"] > 0 for row in (case, point) for t in row["times"])
-    assert data["runs"][case["run"]]["versions"]["jax"] == jax.__version__
-    # Here a peer may be missing, and then the row says which; none may be wrong.
-    assert not any("computes" in why for why in case["absent"].values())
-    assert "jax_revseg" in capsys.readouterr().out
+    assert [row["group"] for row in data["rows"].values()] == [
+        *("reversal", "calls", "scan", "associative", "bidirectional")
+    ]
+    reversal, *_, bidirectional = data["rows"].values()
+    assert reversal["temporary_bytes"] == 0
+    # A row names each peer that is missing here; no peer may be wrong.
+    absent = reversal["absent"] | bidirectional["absent"]
+    assert not any("computes" in why for why in absent.values())
+    for row in data["rows"].values():
+        assert all(t["seconds"] > 0 for t in row["times"])
+        row["noise"] = 0.0
+    assert data["runs"][reversal["run"]]["versions"]["jax"] == jax.__version__
+    tables = [report.part(name, "slug", data) for name in report.PARTS]
+    for name in ("`padded-64x512x8`", "reverse_sequence, jitted", "`8x2048x64`"):
+        assert any(name in table for table in tables)
+    assert "| scan_segments |" in report.part("scan", "slug", data)
+    assert "to a copy" in capsys.readouterr().out
 
 
-@pytest.mark.peers  # Runs everywhere, and there with more to check.
-@pytest.mark.parametrize("case", rows.BENCHMARKS, ids=lambda case: case.name)
-def test_every_case_is_answered_rightly_by_all_that_take_part(case):
+@pytest.mark.peers  # Runs everywhere; with other frameworks there is more to check.
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "int8"])
+@pytest.mark.parametrize("axis", [0, 1])
+def test_peers_reverse(axis, dtype):
     """A peer that computes something else would be timed for nothing."""
-    o = Operands(rows.small(case), jax.devices()[0])
-    answered = set()
-    for name, peer in rows.PEERS.items():
-        try:
-            for contender in peer(o):
-                o.check(contender)
-                answered.add(name)
-        except Exception as error:
-            assert "computes" not in str(error), (name, error)
-    assert {"take_along_axis", "NumPy"} <= answered
+    names = {0: "time-major-128x64x256", 1: "padded-64x128x256"}
+    case = next(case for case in BENCHMARKS if case.name == names[axis])
+    o = reversals.Operands(replace(command.small(case), dtype=dtype))
+    found, absent = gather({k: f(o) for k, f in reversals.OTHERS.items()}, o.check)
+    assert not any("computes" in why for why in absent.values()), absent
+    assert reversals.SNIPPET in {contender.name for contender in found}
 
 
 def test_wrong_answer_is_not_timed():
-    """Neither a peer's, which is reported, nor our own, which stops the row."""
-    o = Operands(SMALL[0], jax.devices()[0])
-    wrong = Contender("wrong", lambda n: o.host)
+    """A wrong peer is reported, and our own wrong answer stops the row."""
+    case = SMALL[0]
+    wrong = Contender("wrong", lambda n: case.x())
     with pytest.raises(Absent, match="something else"):
-        o.check(wrong)
-    row = rows.measure(
-        SMALL[0], rows.Options(o.device, 0, 2), {"peer": lambda o: [wrong]}
-    )
+        reversals.Operands(case).check(wrong)
+    row = reversals.measure_case(case, Options(0, 2), {"peer": lambda o: [wrong]})
     assert row["absent"] == {"peer": "its forward computes something else"}
     assert "wrong" not in {t["name"] for t in row["times"]}
+    outputs = [np.ones((2, 3)), np.zeros((2, 3))]
+    with pytest.raises(AssertionError, match="something else"):
+        recurrences.check_alike(
+            [Contender(str(out[0]), lambda n, out=out: out) for out in outputs],
+            np.ones((2, 3)),
+        )
 
 
-def test_noise_is_told():
-    """Were every row quiet, no figure would mean anything."""
-    steady = np.full(16, 1.0)
-    assert noise(steady, steady * 1.01)["quiet"]
-    assert not noise(steady, steady * 1.1)["quiet"]
-    shaky = np.tile([1.0, 1.4], 8)
-    assert not noise(steady, shaky)["quiet"]
+def test_ratio_has_the_base_with_the_same_output():
+    """A reused output would be compared with a new one, which costs page faults."""
+
+    def run(n):
+        time.sleep(0.004 * n)
+
+    own = [
+        Contender(name, run, output, direction)
+        for name in ("copy", "ours")
+        for output in ("new", "reused")
+        for direction in ("forward", "gradient")
+        if (name, direction) != ("copy", "gradient")
+    ]
+    peers = [Contender("peer", run, "pooled")]
+    row = measure(Options(0, 2), ["copy", "ours"], own, peers)
+    bases = {(t["name"], t["direction"]): set(t["to"]) for t in row["times"]}
+    assert bases["copy", "forward"] == {"ours"}
+    assert bases["ours", "gradient"] == {"copy"}
+    assert bases["peer", "forward"] == {"copy", "ours"}
+
+
+def test_noise_is_shown_and_left_out():
+    """Without the error of a ratio no figure would mean anything."""
+    steady, shaky = np.full(16, 1.0), np.tile([1.0, 1.4], 8)
     assert ratio(shaky, steady)["ratio"] == pytest.approx(1.2)
+    assert ratio(shaky, steady)["error"] > LIMIT > ratio(steady, steady)["error"]
+    rows = {
+        name: dict(group="scan", noise=noise, times=[], run="at")
+        for name, noise in (("scan a", LIMIT), ("scan b", LIMIT + 0.01))
+    }
+    data = dict(device="a machine", runs={"at": dict(versions={})}, rows=rows)
+    assert list(report.quiet(data, "scan")) == ["a"]
+    assert "left out: scan b" in report.machine(data)
 
 
-def test_resume_leaves_out_quiet_rows_of_this_source_alone(tmp_path):
-    """A row of other source, or a noisy one, has to be measured again."""
-    results = Results(tmp_path / "results.json", jax.devices()[0])
-    results.add("quiet", {"noise": {"quiet": True}})
-    results.add("noisy", {"noise": {"quiet": False}})
-    again = Results(results.path, jax.devices()[0])
-    assert again.has("quiet") and not again.has("noisy") and not again.has("other")
-    again.run["source"] = "other"
-    assert not again.has("quiet")
+def test_results_of_several_runs_are_kept(tmp_path):
+    """A second run would lose the first one's rows, or what they were measured with."""
+    path = tmp_path / "results.json"
+    for at, name in (("then", "first"), ("now", "second"), ("later", "second")):
+        results = Results(path)
+        results.at = at
+        results.add(name, {"noise": 0.0})
+    data = json.loads(path.read_text())
+    assert {k: row["run"] for k, row in data["rows"].items()} == {
+        "first": "then",
+        "second": "later",
+    }
+    assert set(data["runs"]) == {"then", "later"}
 
 
-def test_page_says_what_the_results_say():
-    """The tables of the page are the committed results, and nothing else."""
-    page = report.PAGE.read_text()
-    assert report.render(page, report.load()) == page
-    for part in report.PARTS:
-        assert f"<!-- {part} -->" in page
+def test_pages_show_the_committed_results():
+    """A table, a picture or the README would say what was never measured."""
+    page, results = report.PAGE.read_text(), report.load()
+    assert report.render(page, results) == page
+    assert all(f"<!-- {part} -->" in page for part in report.PARTS)
+    drawn = {}
+    for slug, data in results.items():
+        assert report.readme(data) in " ".join(report.README.read_text().split())
+        drawn |= report.pictures(slug, data)
+    assert {path.name for path in report.DOCS.glob("performance-*")} == set(drawn)
+    for name, (_, text) in drawn.items():
+        assert (report.DOCS / name).read_text() == text
 
 
-def test_ids_of_long_rows():
-    """A curve goes to a segment axis of 4 million with 65,536 segments."""
-    case = next(c for c in rows.curves() if c.name == "growth-K by ids-65536")
-    ids = Case(case.name, (1, case.size), layout="ids", count=case.count).segments()
-    assert ids.shape == (1, case.size) and ids.max() > 60_000
+def test_tables_are_at_most_seven_columns_wide():
+    """A phone shows no more."""
+    for line in report.PAGE.read_text().splitlines():
+        assert line.count("|") <= 8, line
