@@ -18,6 +18,7 @@ from jax import lax
 from jax.sharding import NamedSharding, PartitionSpec
 
 from jax_revseg import _compat
+from jax_revseg._boundaries import take_last
 from jax_revseg._compat import batching, mlir
 from jax_revseg._linear import linear_primitive, lower
 from jax_revseg._lowering import packed_ends, segment_numbers, starts_of, to_bits
@@ -40,11 +41,11 @@ def _pack_rows(x, lengths, size):
 
 def _unpack_rows(x, lengths, size):
     rows, limit = x.shape[:2]
-    ends = packed_ends(lengths, size)
-    row = segment_numbers(ends, size)
-    inside, row = row < rows, jnp.minimum(row, rows - 1)
-    step = lax.iota(ends.dtype, size) - starts_of(ends)[row]
-    valid = inside & (step < limit)
+    ends = packed_ends(lengths, size).astype(jnp.uint32)
+    starts, t = starts_of(ends), lax.iota(jnp.uint32, size)
+    row = jnp.minimum(segment_numbers(starts, ends, size), rows - 1)
+    step = t - take_last(starts, row)
+    valid = (t < ends[-1]) & (step < limit)
     return valid, (row, jnp.where(valid, step, 0))
 
 
