@@ -70,15 +70,15 @@ endef
 
 .PHONY: test test-versions peers fuzz
 test: .venvs/test/.stamp ## the tests, on the newest JAX that python3 gets
-	$(call pytest,test)
+	$(call pytest,test,-m "not peers")
 
 test-versions: ## the tests on the oldest, a middle and the newest JAX
 	$(MAKE) --no-print-directory --keep-going $(VERSIONS:%=test-jax-%)
 
 test-jax-%: .venvs/jax-%/.stamp ## the tests on one version of JAX
-	$(call pytest,jax-$*)
+	$(call pytest,jax-$*,-m "not peers")
 
-peers: .venvs/peers/.stamp ## the same values from other frameworks
+peers: .venvs/peers/.stamp ## what needs other frameworks, and the benchmarks' rows
 	.venvs/peers/bin/python -c 'import flax, onnx, onnxruntime, tensorflow, torch'
 	$(call pytest,peers,-m peers)
 

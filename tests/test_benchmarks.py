@@ -19,6 +19,7 @@ from tests.cases import BENCHMARKS, SMALL
 ROWS = ("padded-64x512x8", "calls", "scan linear", "associative 8x", "LSTM 8x")
 
 
+@pytest.mark.peers  # Runs everywhere; with other frameworks there is more to check.
 def test_quick_run_writes_a_row_of_each_group(tmp_path, monkeypatch, capsys):
     """`make bench` would stop half way, or print no table for the user's machine."""
     monkeypatch.setattr(calls, "IMPORT", "print(0.5)")
@@ -45,7 +46,7 @@ def test_quick_run_writes_a_row_of_each_group(tmp_path, monkeypatch, capsys):
     assert "to a copy" in capsys.readouterr().out
 
 
-@pytest.mark.peers  # Runs everywhere; with other frameworks there is more to check.
+@pytest.mark.peers
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "int8"])
 @pytest.mark.parametrize("axis", [0, 1])
 def test_peers_reverse(axis, dtype):

@@ -46,7 +46,14 @@ ENCODINGS = {
     "offsets": dict(cu_seqlens=OFFSETS),
     "mask": dict(mask=MASK),
 }
-each_encoding = pytest.mark.parametrize("name", ENCODINGS)
+# Of each, the part that may be traced, and the static part.
+SPLIT = [
+    (
+        {k: v for k, v in e.items() if k != "padding_id"},
+        {k: v for k, v in e.items() if k == "padding_id"},
+    )
+    for e in ENCODINGS.values()
+]
 each_direction = pytest.mark.parametrize("reverse", (False, True))
 
 
@@ -72,8 +79,14 @@ def valid_steps(**encoding):
     return valid
 
 
+@jax.jit  # One program for all positions.
+def step_of(tree, n, t):
+    return jax.tree.map(lambda leaf: leaf[n, t][None], tree)
+
+
 def oracle(f, init, xs, reverse=False, **encoding):
     """One row, one segment, one step at a time; `f` sees batches of one row."""
+    f = jax.jit(f)  # One program for a step is called faster than its operations.
     carries, ys = [], []
     for n in range(N):
         start = jax.tree.map(lambda leaf, n=n: leaf[n : n + 1], init)
@@ -82,7 +95,7 @@ def oracle(f, init, xs, reverse=False, **encoding):
         for steps in reversed(segments) if reverse else segments:
             carry = start
             for t in reversed(steps) if reverse else steps:
-                x = jax.tree.map(lambda leaf, n=n, t=t: leaf[n : n + 1, t], xs)
+                x = step_of(xs, n, t)
                 carry, row[t] = f(carry, x)
                 last = carry
         carries.append(last)
@@ -135,18 +148,12 @@ def weighted(carry, ys):
     )
 
 
-def close(actual, desired):
+def close(actual, desired, rtol=2e-5):
     same = jax.tree.structure(actual) == jax.tree.structure(desired)
     assert same, (actual, desired)
     for a, b in zip(jax.tree.leaves(actual), jax.tree.leaves(desired), strict=True):
         assert a.dtype == b.dtype
-        np.testing.assert_allclose(a, b, rtol=2e-5, atol=1e-6)
-
-
-def split(encoding):
-    """The part that may be traced, and the static part."""
-    traced = {k: v for k, v in encoding.items() if k != "padding_id"}
-    return traced, {k: v for k, v in encoding.items() if k == "padding_id"}
+        np.testing.assert_allclose(a, b, rtol=rtol, atol=1e-6)
 
 
 def values_and_gradients(scan, f, w, init, xs, **more):
@@ -163,15 +170,13 @@ def values_and_gradients(scan, f, w, init, xs, **more):
 @each_direction
 @pytest.mark.parametrize("f", (gru, norm))
 def test_values_and_gradients_are_those_of_valid_steps_alone(reverse, f):
-    encodings = [split(encoding) for encoding in ENCODINGS.values()]
-
     @jax.jit  # One program: compilation takes the time.
-    def run(w, init, xs, encodings_):
+    def run(w, init, xs, encodings):
         return [
             values_and_gradients(
                 scan_segments, f, w, init, x, reverse=reverse, **traced, **static
             )
-            for x, traced, (_, static) in zip(xs, encodings_, encodings, strict=True)
+            for x, traced, (_, static) in zip(xs, encodings, SPLIT, strict=True)
         ]
 
     desired = []
@@ -181,36 +186,37 @@ def test_values_and_gradients_are_those_of_valid_steps_alone(reverse, f):
         desired.append(values_and_gradients(scan, f, w, init, xs))
     for bad in (np.nan, np.inf, 0.0):
         xs = [make(bad, **encoding)[2] for encoding in ENCODINGS.values()]
-        close(run(w, init, xs, [traced for traced, _ in encodings]), desired)
+        close(run(w, init, xs, [traced for traced, _ in SPLIT]), desired)
 
 
-@each_encoding
-def test_bidirectional_scan_is_two_scans(name):
-    traced, static = split(ENCODINGS[name])
-    w, init, xs = make(np.nan, **ENCODINGS[name])
+def test_bidirectional_scan_is_two_scans():
+    w, init, _ = make(**ENCODINGS["lengths"])
     params = (w, jax.tree.map(lambda a: a / 2, w))
     inits = (init, jax.tree.map(lambda a: a + 1, init))
 
-    def both(params, inits, xs, **encoding):
-        return bidirectional_scan(gru, params, inits, xs, **encoding)
-
-    def two(params, inits, xs, **encoding):
-        scan = partial(scan_segments, xs=xs, **encoding)
+    def two(f, params, inits, xs, **encoding):
         ways = [
-            scan(partial(gru, p), init, reverse=reverse)
+            scan_segments(partial(f, p), init, xs, reverse=reverse, **encoding)
             for p, init, reverse in zip(params, inits, (False, True), strict=True)
         ]
         return tuple(zip(*ways, strict=True))
 
-    def run(scan, params, xs, traced):
-        def loss(params, xs):
-            out = scan(params, inits, xs, **traced, **static)
+    @partial(jax.jit, static_argnums=0)
+    def run(scan, params, given):
+        def loss(params, xs, encoding):
+            out = scan(gru, params, inits, xs, **encoding)
             return weighted(*out), out
 
-        return jax.grad(loss, (0, 1), has_aux=True)(params, xs)
+        grad = jax.grad(loss, (0, 1), has_aux=True)
+        return [
+            grad(params, xs, traced | static)
+            for (xs, traced), (_, static) in zip(given, SPLIT, strict=True)
+        ]
 
-    run = jax.jit(run, static_argnums=0)
-    close(run(both, params, xs, traced), run(two, params, xs, traced))
+    given = [
+        (make(**e)[2], t) for e, (t, _) in zip(ENCODINGS.values(), SPLIT, strict=True)
+    ]
+    close(run(bidirectional_scan, params, given), run(two, params, given))
 
 
 def affine(a, b):
@@ -225,51 +231,62 @@ def log_sum_exp(a, b):
 
 def combine_all(fn, elems, reverse, **encoding):
     """One step after the other; zero at padding."""
-    out = jax.tree.map(jnp.zeros_like, elems)
+    fn, rows = jax.jit(fn), []
+    zero = jax.tree.map(jnp.zeros_like, step_of(elems, 0, 0))
     for n in range(N):
+        row = [zero] * T
         for steps in segments_of_row(n, **encoding):
             total = None
             for t in reversed(steps) if reverse else steps:
-                x = jax.tree.map(lambda leaf, n=n, t=t: leaf[n, t], elems)
-                total = x if total is None else fn(total, x)
-                out = jax.tree.map(lambda o, v, i=(n, t): o.at[i].set(v), out, total)
-    return out
+                x = step_of(elems, n, t)
+                total = row[t] = x if total is None else fn(total, x)
+        rows.append(jax.tree.map(lambda *leaves: jnp.stack(leaves, 1), *row))
+    return jax.tree.map(lambda *leaves: jnp.concatenate(leaves), *rows)
 
 
 @each_direction
-@pytest.mark.parametrize("fn", (affine, log_sum_exp))
-def test_associative_scan_combines_each_segment_alone(reverse, fn):
+def test_associative_scan_combines_each_segment_alone(reverse):
     """A product that overflows in one segment must not reach the next, nor must the
     gradient of a NaN in the padding."""
-    encodings = {k: v for k, v in ENCODINGS.items() if k != "mask"}
+    encodings = [e for e in ENCODINGS.values() if "mask" not in e]
     rng = np.random.default_rng(0)
-    clean = {"m": rng.uniform(0.5, 1.5, (N, T)), "v": rng.normal(size=(N, T, 2))}
-    clean["m"] = clean["m"][..., None]
+    clean = {"m": rng.uniform(0.5, 1.5, (N, T, 1)), "v": rng.normal(size=(N, T, 2))}
     clean = jax.tree.map(np.float32, clean)
-    clean["m"][0, 1] = clean["m"][0, 0] = 1e30  # Their product is infinite.
+    clean["m"][0, :2] = 1e30  # Their product is infinite.
+    valid = [valid_steps(**encoding)[..., None] for encoding in encodings]
 
-    def loss(scan, elems, valid, **encoding):
-        out = scan(fn, elems, reverse=reverse, **encoding)
-        out = jax.tree.map(lambda y: jnp.where(valid[..., None], y, 0), out)
-        finite = jax.tree.map(lambda y: jnp.where(abs(y) < 1e20, y, 0), out)
-        return weighted((), finite), out
+    def grad(scan, fn, elems, valid, encoding):
+        def loss(elems):
+            out = scan(fn, elems, reverse=reverse, **encoding)
+            out = jax.tree.map(lambda y: jnp.where(valid, y, 0), out)
+            finite = jax.tree.map(lambda y: jnp.where(abs(y) < 1e20, y, 0), out)
+            return weighted((), finite), out
+
+        return jax.grad(loss, has_aux=True)(elems)
 
     def at(valid, fill):
-        return jax.tree.map(lambda x: np.where(valid[..., None], x, fill), clean)
+        return jax.tree.map(lambda x: np.where(valid, x, np.float32(fill)), clean)
 
-    for encoding in encodings.values():
-        valid = valid_steps(**encoding)
-        traced, static = split(encoding)
-        grad = jax.grad(partial(loss, associative_scan_segments), has_aux=True)
-        ours = jax.jit(partial(grad, **static))
-        want = jax.grad(partial(loss, combine_all), has_aux=True)(
-            at(valid, 1.0), valid, **encoding
-        )
-        for bad in (np.nan, np.inf):
-            got = ours(at(valid, np.float32(bad)), valid, **traced)
-            for leaf in jax.tree.leaves(got[0]):
-                assert not leaf[~valid].any()
-            close(got, want)
+    functions = (affine, log_sum_exp)
+
+    @jax.jit
+    def run(elems, valid, encodings):
+        return [
+            grad(associative_scan_segments, fn, x, v, traced | static)
+            for x, v, traced, (_, static) in zip(
+                elems, valid, encodings, SPLIT, strict=False
+            )
+            for fn in functions
+        ]
+
+    want = [
+        grad(combine_all, fn, at(v, 1), v, encoding)
+        for v, encoding in zip(valid, encodings, strict=True)
+        for fn in functions
+    ]
+    for bad in (np.nan, np.inf):
+        got = run([at(v, bad) for v in valid], valid, [t for t, _ in SPLIT[:-1]])
+        close(got, want)  # Zero gradients of the padding, too.
 
 
 def total(scale, carry, x):
@@ -435,54 +452,58 @@ def test_export_with_a_symbolic_batch():
     close(exported.call(*operands), run(*operands))
 
 
-@pytest.mark.parametrize("name", ("lengths", "ids and padding", "mask"))
+def sharded_loss(params, h, xs, encodings, weights):
+    """All three scans by lengths, ids and a mask; `h` and the rest may be blocks."""
+    start, total = (h, jnp.zeros(h.shape[:1], jnp.int32)), 0.0
+    for x, traced in zip(xs, encodings, strict=True):
+        more = traced | ({"padding_id": 0} if "segment_ids" in traced else {})
+        one = scan_segments(partial(gru, params[0]), start, x, **more)
+        both = bidirectional_scan(gru, params, (start, start), x, **more)
+        b = jnp.where(jnp.isnan(x["b"]), 0.0, x["b"])
+        ids = {"segment_ids": traced["mask"] + 0} if "mask" in traced else more
+        parallel = associative_scan_segments(jnp.add, b, **ids)
+        leaves = [one[0][0], both[0][0][0], both[0][1][0], parallel[:, :1]]
+        leaves += [jnp.sum(y["h"], 1) for y in (one[1], *both[1])]
+        total += sum(jnp.sum(leaf * weights) for leaf in leaves)
+    return total
+
+
+@pytest.fixture(scope="module")
+def sharded_case():
+    names = ("lengths", "ids and padding", "mask")
+    w, init, _ = make(**ENCODINGS["lengths"])
+    xs = [make(**ENCODINGS[name])[2] for name in names]
+    encodings = [{k: v for k, v in ENCODINGS[name].items() if k != "padding_id"}
+                 for name in names]  # fmt: skip
+    weights = jnp.cos(jnp.arange(N * 2.0)).reshape(N, 2)
+    operands = ((w, w), init[0], xs, encodings, weights)
+    want = jax.jit(jax.value_and_grad(sharded_loss, (0, 1, 2)))(*operands)
+    return operands, jax.device_get(want)
+
+
 @pytest.mark.parametrize(
     "mode", ("auto", "explicit", "explicit lengths", "explicit xs", "shard_map")
 )
-def test_sharded_batch(mode, name):
+def test_sharded_batch(mode, sharded_case):
     """A gradient of replicated parameters that is not summed over the devices."""
-    traced, static = split(ENCODINGS[name])
-    w, init, xs = make(np.nan, **ENCODINGS[name])
+    operands, want = sharded_case
     kind = "Explicit" if "explicit" in mode else "Auto"
     kind = getattr(jax.sharding.AxisType, kind)
-    mesh = jax.make_mesh((4,), ("d",), axis_types=(kind,))
-    weights = jnp.cos(jnp.arange(N * 2.0)).reshape(N, 2)
-
-    def loss(params, h, xs, traced, weights):
-        init = (jnp.zeros_like(h), jnp.zeros(h.shape[:1], jnp.int32))
-        start = (h, init[1])
-        scan = partial(scan_segments, xs=xs, **traced, **static)
-        one = scan(partial(gru, params[0]), start)
-        both = bidirectional_scan(gru, params, (start, init), xs, **traced, **static)
-        a = {k: jnp.where(jnp.isnan(v), 0.0, v) for k, v in xs.items()}
-        ids = traced if "mask" not in traced else {"segment_ids": traced["mask"] + 0}
-        parallel = associative_scan_segments(jnp.add, a["b"], **ids, **static)
-        leaves = [one[0][0], both[0][0][0], both[0][1][0], parallel[:, :1]]
-        leaves += [jnp.sum(y["h"], 1) for y in (one[1], *both[1])]
-        return sum(jnp.sum(leaf * weights) for leaf in leaves)
-
-    grad = jax.value_and_grad(loss, (0, 1, 2))
-    operands = ((w, w), init[0], xs, traced, weights)
-    want = jax.jit(grad)(*operands)
+    mesh, rows = jax.make_mesh((4,), ("d",), axis_types=(kind,)), jax.P("d")
+    which = {"explicit lengths": (3,), "explicit xs": (2,)}.get(mode, (1, 2, 3, 4))
+    sharded, loss = list(operands), sharded_loss
+    if mode == "shard_map":
+        loss = jax.shard_map(
+            lambda *operands: jax.lax.psum(sharded_loss(*operands), "d"),
+            mesh=mesh,
+            in_specs=(jax.P(), rows, rows, rows, rows),
+            out_specs=jax.P(),
+        )
+    for i in which:
+        sharded[i] = jax.device_put(operands[i], jax.NamedSharding(mesh, rows))
     with jax.set_mesh(mesh):
-        rows = jax.NamedSharding(mesh, jax.P("d"))
-        sharded = list(operands)
-        for i in {"explicit lengths": (3,), "explicit xs": (2,)}.get(
-            mode, (1, 2, 3, 4)
-        ):
-            sharded[i] = jax.device_put(operands[i], rows)
-        if mode == "shard_map":
-            spec = jax.P("d")
-
-            def local(*operands):
-                return jax.lax.psum(loss(*operands), "d")
-
-            in_specs = (jax.P(), spec, spec, spec, spec)
-            grad = jax.value_and_grad(
-                jax.shard_map(local, in_specs=in_specs, out_specs=jax.P()), (0, 1, 2)
-            )
-        got = jax.jit(grad)(*sharded)
-    close(jax.device_get(got), jax.device_get(want))
+        got = jax.jit(jax.value_and_grad(loss, (0, 1, 2)))(*sharded)
+    close(jax.device_get(got), want, rtol=1e-3)  # Sums of terms of both signs.
 
 
 ZEROS, SUM = np.zeros(2, np.int32), lambda c, x: (c + x, c)

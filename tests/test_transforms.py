@@ -180,12 +180,18 @@ CONTEXTS = {
 def test_under_a_setting(context, jit):
     """Wrong here: endless recursion, a leaked tracer, a dtype that hangs on x64."""
     x = np.arange(56, dtype=np.float32).reshape(4, 7, 2)  # No NaN that we planted.
-    for case, s in zip(SMALL, SEGMENTS, strict=True):
-        f = jax.jit(case.call) if jit else case.call
-        with context():
-            y, vjp = jax.vjp(lambda x: f(x, jnp.asarray(s)), x)  # noqa: B023
-            (x_bar,) = vjp(y)
-            filled = case.call(x, jnp.asarray(s), padding_value=7.0)
+
+    def run(x, segments):
+        outs = []
+        for case, s in zip(SMALL, segments, strict=True):
+            y, vjp = jax.vjp(lambda x: case.call(x, s), x)  # noqa: B023
+            outs.append((y, *vjp(y), case.call(x, s, padding_value=7.0)))
+        return outs
+
+    with context():
+        segments = [jnp.asarray(s) for s in SEGMENTS]
+        outs = (jax.jit(run) if jit else run)(x, segments)
+    for case, s, (y, x_bar, filled) in zip(SMALL, SEGMENTS, outs, strict=True):
         assert_same_bits(y, case.expected(x, s), case.name)
         assert_same_bits(x_bar, x, case.name)
         assert_same_bits(filled, case.expected(x, s, 7.0), case.name)
