@@ -1,28 +1,27 @@
-"""The site: `make docs`. Notebook pages are executed at each build."""
+"""The site: `make docs`."""
 
 import os
 import re
+import tomllib
+from pathlib import Path
 
-os.environ.setdefault("JAX_PLATFORMS", "cpu")  # For the notebooks' processes as well.
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
 import jax_revseg  # noqa: E402
+
+ROOT = Path(__file__).parent.parent
 
 project = "jax_revseg"
 author = "The jax_revseg developers"
 copyright = "The jax_revseg developers"
 version = release = jax_revseg.__version__
 
-extensions = ["myst_nb", "sphinx.ext.autodoc", "sphinx.ext.napoleon"]
-exclude_patterns = ["_build", "jupyter_execute"]
+extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon"]
+exclude_patterns = ["_build"]
 nitpicky = True
 default_role = "code"  # Docstrings write `x`, as Markdown does.
 
-myst_enable_extensions = ["colon_fence"]
 myst_heading_anchors = 3
-nb_execution_mode = "force"
-nb_execution_timeout = 300
-nb_execution_raise_on_error = True
-nb_merge_streams = True
 
 maximum_signature_line_length = 60
 autodoc_type_aliases = {
@@ -36,10 +35,11 @@ napoleon_numpy_docstring = False
 nitpick_ignore_regex = [
     ("py:.*", r"(jax|jaxlib|numpy|collections|typing)\..*"),
     ("py:.*", r"ArrayLike|AxisName|BatchAxis|Implementation|Integers|Any|Callable"),
+    ("py:.*", r"Bidirectional|jax_revseg\._.*"),
 ]
 
-# Only links within the project are checked: others may be down when nothing is wrong.
-linkcheck_ignore = [r"https?://"]
+# `sphinx -b linkcheck` checks the site's own links and asks nobody else.
+linkcheck_ignore = [r"https?://.*"]
 
 html_theme = "furo"
 pygments_dark_style = "github-dark"
@@ -47,13 +47,33 @@ html_title = f"jax_revseg {release}"
 html_static_path = ["_static"]
 html_css_files = ["site.css"]
 html_show_sourcelink = False
-html_theme_options = {
-    "source_repository": "https://github.com/jax-revseg/jax-revseg/",
-    "source_branch": "main",
-    "source_directory": "docs/",
-}
-# `sphinx -b linkcheck` looks at the site's own links and asks nobody else.
-linkcheck_ignore = [r"https?://.*"]
+hatch = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["hatch"]
+if repository := hatch["metadata"]["hooks"]["custom"]["repository"]:
+    html_theme_options = {
+        "source_repository": repository,
+        "source_branch": "main",
+        "source_directory": "docs/",
+    }
+
+# The Markdown of these two pages is for readers of the repository. The site adds the
+# docstrings to the one and shows the changelog itself as the other.
+DOCSTRINGS = """
+
+```{{eval-rst}}
+.. currentmodule:: jax_revseg
+
+{}
+```
+"""
+
+
+def complete(app, name, source):
+    if name == "api":
+        functions = [f for f in jax_revseg.__all__ if not f.endswith("_p")]
+        listed = "\n\n".join(f".. autofunction:: {name}" for name in functions)
+        source[0] += DOCSTRINGS.format(listed)
+    elif name == "changelog":
+        source[0] = (ROOT / "CHANGELOG.md").read_text()
 
 
 def plain_aliases(app, what, name, obj, options, signature, returns):
@@ -62,4 +82,5 @@ def plain_aliases(app, what, name, obj, options, signature, returns):
 
 
 def setup(app):
+    app.connect("source-read", complete)
     app.connect("autodoc-process-signature", plain_aliases)

@@ -115,11 +115,11 @@ def length_error(name, lengths, size, limit, *, packed=True):
     everywhere = NamedSharding(jax.typeof(lengths).sharding.mesh, PartitionSpec())
     failed, value, *row = _compat.automatic(first_bad, everywhere)(lengths)
     names = [f"i{n}" for n in range(len(row))]
-    where = ", ".join(f"{{{n}}}" for n in names)
+    where = f"[{', '.join(f'{{{n}}}' for n in names)}]" if names else ""
     rule = "must lie between 0 and"
     if packed:
         rule = "must not be negative (nor cu_seqlens decrease), nor sum to more than"
-    message = f"{name}: lengths[{where}] is {{value}}, but {rule} {size}, {limit}."
+    message = f"{name}: lengths{where} is {{value}}, but {rule} {size}, {limit}."
     return failed, message, {"value": value, **dict(zip(names, row, strict=True))}
 
 

@@ -1,13 +1,13 @@
-"""Every example that a reader sees is run: README, site, docstrings.
+"""Every example that a reader sees is run: README, pages, docstrings."""
 
-Notebook pages run when the site is built (`make docs`). Here run the blocks of all
-other pages, one page after the other, and those of each module.
-"""
-
+import doctest
+import inspect
 import re
 from pathlib import Path
 
 import pytest
+from hatchling.metadata.core import ProjectMetadata
+from hatchling.plugin.manager import PluginManager
 from sybil import Sybil
 from sybil.document import PythonDocStringDocument
 from sybil.parsers.markdown import PythonCodeBlockParser
@@ -16,7 +16,9 @@ from sybil.parsers.rest import DocTestParser
 import jax_revseg
 
 ROOT = Path(__file__).parent.parent
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+DOCS = ROOT / "docs"
+PAGES = [ROOT / "README.md", *sorted(DOCS.glob("*.md"))]
+TEXTS = sorted({*PAGES, *ROOT.glob("*.md")})
 PEERS = {
     "migration.md": ("tensorflow", "onnx", "onnxruntime", "torch", "flax"),
     "rnn.md": ("flax", "equinox", "haiku", "torch", "tensorflow", "keras"),
@@ -24,8 +26,10 @@ PEERS = {
 FENCE = re.compile(r"^ *(?:```|:::)(\S*)", re.MULTILINE)
 
 
-def is_notebook(page):
-    return page.read_text().startswith("---\nfile_format: mystnb")
+def links(markdown):
+    """The targets of links, outside code, that are no address."""
+    prose = re.sub(r"^```.*?^```", "", markdown, flags=re.M | re.S)
+    return re.findall(r"\]\((?!https?://)([^)]+)\)", prose)
 
 
 def run(sybil, path, at_least):
@@ -42,7 +46,7 @@ def run(sybil, path, at_least):
             page, id=page.name, marks=[pytest.mark.peers] * (page.name in PEERS)
         )
         for page in PAGES
-        if not is_notebook(page) and "```python" in page.read_text()
+        if "```python" in page.read_text()
     ],
 )
 def test_page(page):
@@ -50,21 +54,15 @@ def test_page(page):
     for module in PEERS.get(page.name, ()):
         pytest.importorskip(module)
     blocks = page.read_text().count("```python")
-    run(Sybil([PythonCodeBlockParser()]), page, at_least=blocks)
+    parser = PythonCodeBlockParser(doctest_optionflags=doctest.ELLIPSIS)
+    run(Sybil([parser]), page, at_least=blocks)
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_no_block_escapes(page):
-    """A block in another language, or of a notebook elsewhere, would never be run."""
+    """A block in another language would never be run."""
     opened = FENCE.findall(page.read_text())[::2]
-    code = {"{code-cell}"} if is_notebook(page) else {"python"}
-    assert set(opened) <= code | {
-        "text",
-        "bash",
-        "{toctree}",
-        "{include}",
-        "{eval-rst}",
-    }
+    assert set(opened) <= {"python", "text", "bash", "{toctree}"}
 
 
 def test_pictures_are_up_to_date(monkeypatch):
@@ -79,18 +77,49 @@ def test_pictures_are_up_to_date(monkeypatch):
         assert same, f"docs/images/{name} is out of date: run `make pictures`"
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
-def test_pictures_of_a_page_are_committed(page):
-    """A reader of the Markdown in the repository would see no picture."""
-    for target in re.findall(r"!\[[^]]*\]\(([^)]+)\)", page.read_text()):
-        picture = (page.parent / target).resolve()
-        assert picture.is_file() and "_build" not in picture.parts, target
+@pytest.mark.parametrize("page", TEXTS, ids=lambda page: page.name)
+def test_links_stay_in_the_repository(page):
+    """A link to a file that is not committed, or to a heading that is not there."""
+    for target in links(page.read_text()):
+        path, _, heading = target.partition("#")
+        file = (page.parent / path).resolve() if path else page
+        assert file.exists() and "_build" not in file.parts, target
+        if heading:
+            titles = re.findall(r"^#+ (.*)", file.read_text().lower(), re.M)
+            slugs = [re.sub(r"[^\w -]", "", t).replace(" ", "-") for t in titles]
+            assert heading in slugs, target
+
+
+@pytest.mark.parametrize("repository", ["", "https://example.org/owner/name"])
+def test_links_work_on_a_package_index(repository):
+    """An index shows the README without the files beside it."""
+    metadata = ProjectMetadata(str(ROOT), PluginManager())
+    metadata.hatch.metadata.hook_config["custom"]["repository"] = repository
+    for target in links(metadata.core.readme):
+        assert target.startswith("#"), target
+    assert all(url.startswith(repository) for url in metadata.core.urls.values())
+    assert bool(metadata.core.urls) == bool(repository)
+
+
+def test_the_address_stands_in_one_place():
+    """Addresses of this project that a maintainer would have to find and change."""
+    address = re.compile(r"https?://[\w./-]*jax[-_]revseg")
+    for page in [*TEXTS, *ROOT.glob("[!.]*.*"), *ROOT.glob(".github/**/*.*")]:
+        assert not address.search(page.read_text()), page
+
+
+def test_api_lists_every_function():
+    """A reader of the Markdown sees the first line of each docstring."""
+    table = (DOCS / "api.md").read_text()
+    listed = dict(re.findall(r"\| `(\w+).*?` \| (.*) \|", table))
+    for name in {*jax_revseg.__all__} - {"reverse_segments_p"}:
+        assert listed[name] == inspect.getdoc(getattr(jax_revseg, name)).split("\n")[0]
 
 
 def test_make_targets_exist():
-    """A command that the README or the contributor's page names is one of make's."""
+    """A command that a page names is one of make's."""
     targets = set(re.findall(r"^([\w-]+)%?:", (ROOT / "Makefile").read_text(), re.M))
-    for page in (*PAGES, ROOT / "CONTRIBUTING.md"):
+    for page in TEXTS:
         for name in re.findall(r"(?:`|^)make ([a-z]+)", page.read_text(), re.M):
             assert name in targets, f"{page.name}: make {name}"
 
