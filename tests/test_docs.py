@@ -116,6 +116,20 @@ def test_api_lists_every_function():
         assert listed[name] == inspect.getdoc(getattr(jax_revseg, name)).split("\n")[0]
 
 
+def test_the_map_of_the_code_is_true():
+    """A file that the map lacks, or one that imports a file above it."""
+    text = (ROOT / "CONTRIBUTING.md").read_text()
+    order = re.findall(r"^\| `(\w+)\.py` \|", text, re.M)
+    for number, name in enumerate(order):
+        source = (ROOT / "jax_revseg" / f"{name}.py").read_text()
+        used = set(re.findall(r"(?:from jax_revseg\.| import )(_[a-z]\w*)", source))
+        assert not used & set(order[:number]), name
+    aside = {
+        name for name in ("_reference", "__main__", "onnx") if f"`{name}.py`" in text
+    }
+    assert {path.stem for path in ROOT.glob("jax_revseg/*.py")} <= {*order} | aside
+
+
 def test_make_targets_exist():
     """A command that a page names is one of make's."""
     targets = set(re.findall(r"^([\w-]+)%?:", (ROOT / "Makefile").read_text(), re.M))
