@@ -60,8 +60,25 @@ def by_hand(case: Case, x, segments, ct, x_spec: P, spec: P, out_spec: P):
     return y, x_bar
 
 
+_COLLECTIVE = re.compile(
+    r"= (.*?) ((?:ragged-)?(?:all-\w+(?:-\w+)*?|collective-\w+|reduce-scatter))"
+    r"(?:-start)?\("
+)
+
+
+def bytes_received(compiled: jax.stages.Compiled) -> list[tuple[str, int]]:
+    """Name, and bytes received by one device, of each collective of the program."""
+    found = []
+    for shapes, name in _COLLECTIVE.findall(compiled.as_text() or ""):
+        total = 0
+        for kind, sizes in re.findall(r"(\w+)\[([\d,]*)\]", shapes):
+            bits = 8 if kind == "pred" else int(re.search(r"\d+", kind)[0])
+            total += bits // 8 * int(np.prod([int(n) for n in sizes.split(",") if n]))
+        found.append((name, total))
+    return found
+
+
 def collectives(f, *operands, **jit) -> list[str]:
     """The collective operations of the compiled program, each by its name."""
-    text = jax.jit(f, **jit).lower(*operands).compile().as_text()
-    names = "all-gather|all-reduce|all-to-all|collective-[a-z]+|reduce-scatter"
-    return re.findall(rf"\b((?:ragged-)?(?:{names})(?:-start)?)\(", text)
+    compiled = jax.jit(f, **jit).lower(*operands).compile()
+    return [name for name, _ in bytes_received(compiled)]

@@ -74,8 +74,8 @@ def derivatives(x, segments, functions, jacobian=True):
             y = f(x, *segments)
             return jnp.sum(y**2 * jnp.cos(jnp.arange(y.size * 1.0)).reshape(y.shape))
 
-        hvp = jax.jvp(jax.grad(loss), (x,), (x,))[1]
-        out[name] = loss(x), jax.grad(loss)(x), hvp
+        (value, grad), (_, hvp) = jax.jvp(jax.value_and_grad(loss), (x,), (x,))
+        out[name] = value, grad, hvp
         if jacobian:
             out[name] += (jax.jacrev(loss)(x),)
     return out

@@ -4,7 +4,6 @@ Every test compares with the reversal of the whole array, so that a block that w
 the wrong device, or came back to the wrong place, shows.
 """
 
-import re
 import textwrap
 from functools import partial
 
@@ -24,6 +23,7 @@ from jax_revseg import (
     reverse_sequence,
 )
 from tests.cases import Case, assert_same_bits
+from tests.meshes import bytes_received
 from tests.processes import run_two
 
 
@@ -63,17 +63,27 @@ def value_and_pullback(f):
     return jax.jit(both)
 
 
-def check(case, f):
-    """Value and gradient against the reference, bit for bit."""
-    x, segments = case.x(), case.segments()
-    expected = case.expected(x, segments)
-    if not jnp.issubdtype(x.dtype, jnp.inexact):
-        assert_same_bits(jax.jit(f)(x, segments), expected)
-        return
-    ct = x[::-1].copy()
-    out, ct_x = value_and_pullback(f)(x, segments, ct)
-    assert_same_bits(out, expected)
-    assert_same_bits(ct_x, case.expected(ct, segments))
+def check(cases, functions, value=None):
+    """Values and gradients against the reference, bit for bit, by one program."""
+    xs, segments = [c.x() for c in cases], [c.segments() for c in cases]
+    cts = [x[::-1].copy() for x in xs]
+    linear = [jnp.issubdtype(c.dtype, jnp.inexact) for c in cases]
+
+    @jax.jit
+    def run(xs, segments, cts):
+        return [
+            value_and_pullback(f)(x, s, ct) if inexact else (f(x, s), None)
+            for f, inexact, x, s, ct in zip(
+                functions, linear, xs, segments, cts, strict=True
+            )
+        ]
+
+    outs = run(xs, segments, cts)
+    for case, x, s, ct, (out, ct_x) in zip(cases, xs, segments, cts, outs, strict=True):
+        assert_same_bits(out, case.expected(x, s, value), case.name)
+        if ct_x is not None:
+            zero = None if value is None else 0
+            assert_same_bits(ct_x, case.expected(ct, s, zero), case.name)
 
 
 # What gets cut in the place of the segment axis, of 16 or 32 positions: a feature axis,
@@ -109,20 +119,18 @@ TYPES = tuple(
 )
 
 
-@pytest.mark.parametrize("case", SHAPES, ids=lambda case: case.name)
-def test_values_and_gradients(case):
-    check(case, over_blocks(case, make_mesh(seq=8)))
+def test_values_and_gradients():
+    check(SHAPES, [over_blocks(case, make_mesh(seq=8)) for case in SHAPES])
 
 
-@pytest.mark.parametrize("devices", [1, 2, 4])
-@pytest.mark.parametrize("case", SHAPES[::4], ids=lambda case: case.name)
-def test_fewer_devices(case, devices):
-    check(case, over_blocks(case, make_mesh(seq=devices)))
+def test_fewer_devices():
+    meshes = [make_mesh(seq=devices) for devices in (1, 2, 4)]
+    for mesh in meshes:
+        check(SHAPES[::4], [over_blocks(case, mesh) for case in SHAPES[::4]])
 
 
-@pytest.mark.parametrize("case", TYPES, ids=lambda case: case.name)
-def test_every_kind_of_dtype(case):
-    check(case, over_blocks(case, make_mesh(seq=4)))
+def test_every_kind_of_dtype():
+    check(TYPES, [over_blocks(case, make_mesh(seq=4)) for case in TYPES])
 
 
 def test_bfloat16():
@@ -144,20 +152,23 @@ def test_keys():
     assert_same_bits(jax.random.key_data(out), case.expected(data, case.segments()))
 
 
-@pytest.mark.parametrize("shape", [(0, 16, 8), (3, 0, 8), (3, 16, 0)])
-def test_nothing_in_an_axis(shape):
-    check(Case("empty", shape), over_blocks(Case("empty", shape), make_mesh(seq=4)))
+def test_nothing_in_an_axis():
+    cases = [Case("empty", shape) for shape in ((0, 16, 8), (3, 0, 8), (3, 16, 0))]
+    check(cases, [over_blocks(case, make_mesh(seq=4)) for case in cases])
 
 
-@pytest.mark.parametrize("layout", ["padded", "packed", "ids"])
-@pytest.mark.parametrize("batch", [3, 8])
-def test_padding_value_is_written_by_global_position(layout, batch):
-    case = Case("value", (batch, 16, 4), layout=layout, padding_id=0)
-    x, segments = case.x(), case.segments()
-    f = over_blocks(case, make_mesh(seq=4), padding_value=7)
-    out, ct_x = value_and_pullback(f)(x, segments, x)
-    assert_same_bits(out, case.expected(x, segments, padding_value=7))
-    assert_same_bits(ct_x, case.expected(x, segments, padding_value=0))
+def of_each_layout(name, *shapes):
+    return [
+        Case(f"{name}-{layout}-{shape}", shape, layout=layout, padding_id=0)
+        for layout in ("padded", "packed", "ids")
+        for shape in shapes
+    ]
+
+
+def test_padding_value_is_written_by_global_position():
+    cases = of_each_layout("value", (3, 16, 4), (8, 16, 4))
+    mesh = make_mesh(seq=4)
+    check(cases, [over_blocks(c, mesh, padding_value=7) for c in cases], value=7)
 
 
 @pytest.mark.parametrize("batch", [3, 8])
@@ -188,17 +199,16 @@ def test_reverse_segment_order(batch):
 # ---- meshes
 
 
-@pytest.mark.parametrize("layout", ["padded", "packed", "ids"])
-@pytest.mark.parametrize("shape", [(4, 16, 4), (8, 16, 3)])
-def test_batch_by_sequence(shape, layout):
-    case = Case("batch-by-sequence", shape, layout=layout)
-    check(case, over_blocks(case, make_mesh(data=2, seq=4), batch="data"))
+def test_batch_by_sequence():
+    cases = of_each_layout("batch-by-sequence", (4, 16, 4), (8, 16, 3))
+    mesh = make_mesh(data=2, seq=4)
+    check(cases, [over_blocks(case, mesh, batch="data") for case in cases])
 
 
-@pytest.mark.parametrize("names", [("a", "b"), ("b", "a"), ("b",)])
-def test_several_mesh_axes(names):
-    case = Case("names", (8, 16, 3))
-    check(case, over_blocks(case, make_mesh(a=2, b=4), axis_name=names))
+def test_several_mesh_axes():
+    case, mesh = Case("names", (8, 16, 3)), make_mesh(a=2, b=4)
+    names = (("a", "b"), ("b", "a"), ("b",))
+    check([case] * 3, [over_blocks(case, mesh, axis_name=name) for name in names])
 
 
 def test_lengths_vary_where_x_does_not():
@@ -248,30 +258,35 @@ def test_result_varies():
 # ---- transformations
 
 
-@pytest.mark.parametrize(
-    "wrap",
-    [
-        lambda f: f,  # Eager.
-        lambda f: jax.checkpoint(f),
-        lambda f: lambda x, n: jax.jvp(lambda x: f(x, n), (x,), (x,))[1],
-        lambda f: lambda x, n: lax.scan(lambda c, _: (f(c, n), None), x, length=3)[0],
-        lambda f: lambda x, n: jax.vmap(f)(x[None], n[None])[0],
-        lambda f: lambda x, n: jax.vmap(f, (1, None), 1)(x[:, None], n)[:, 0],
-    ],
-    ids=["eager", "remat", "jvp", "scan", "vmap", "vmap of x"],
+WRAPPERS = (
+    jax.checkpoint,
+    lambda f: lambda x, n: jax.jvp(lambda x: f(x, n), (x,), (x,))[1],
+    lambda f: lambda x, n: lax.scan(lambda c, _: (f(c, n), None), x, length=3)[0],
+    lambda f: lambda x, n: jax.vmap(f)(x[None], n[None])[0],
+    lambda f: lambda x, n: jax.vmap(f, (1, None), 1)(x[:, None], n)[:, 0],
 )
+
+
 @pytest.mark.parametrize("inside", [True, False], ids=["inside", "outside"])
-def test_transformations(wrap, inside):
-    case = Case("transformations", (5, 16, 4))
-    mesh = make_mesh(seq=4)
-    if not inside:
-        return check(case, wrap(over_blocks(case, mesh)))
+def test_transformations(inside):
+    case, mesh = Case("transformations", (5, 16, 4)), make_mesh(seq=4)
     of_x, of_segments = specs(case)
-    local = wrap(partial(case.call, axis_name="seq"))
-    check(
-        case,
-        jax.shard_map(local, mesh=mesh, in_specs=(of_x, of_segments), out_specs=of_x),
+    local = partial(case.call, axis_name="seq")
+    place = partial(
+        jax.shard_map, mesh=mesh, in_specs=(of_x, of_segments), out_specs=of_x
     )
+    functions = [place(w(local)) if inside else w(place(local)) for w in WRAPPERS]
+    check([case] * len(WRAPPERS), functions)
+
+
+def test_eager():
+    case = Case("eager", (5, 16, 4))
+    x, segments = case.x(), case.segments()
+    out, pullback = jax.vjp(
+        lambda x: over_blocks(case, make_mesh(seq=4))(x, segments), x
+    )
+    assert_same_bits(out, case.expected(x, segments))
+    assert_same_bits(pullback(x)[0], out)
 
 
 def test_vmap_over_rows_inside():
@@ -306,7 +321,7 @@ def test_axis_name_of_a_vmap(layout):
         out = local(blocks, segments.reshape(5, 4, 4) if ids else segments)
         return out.reshape(x.shape)
 
-    check(case, f)
+    check([case], [f])
 
 
 def test_bidirectional_sums_over_devices():
@@ -402,23 +417,6 @@ def test_program_in_the_error_reverses_the_sharded_axis():
 # ---- what is sent, and what is held
 
 
-def collectives(compiled):
-    """Name and bytes received by one device, of each collective in the HLO."""
-    found = []
-    pattern = r"= (.*?) (all-\w+(?:-\w+)*|collective-\w+|reduce-scatter)(?:-start)?\("
-    for shapes, name in re.findall(pattern, compiled.as_text()):
-        arrays = re.findall(r"(\w+)\[([\d,]*)\]", shapes)
-        bits = {"bf16": 16, "pred": 8}
-        total = sum(
-            bits.get(kind, int(re.sub(r"\D", "", kind) or 8))
-            // 8
-            * int(np.prod([int(n) for n in sizes.split(",") if n]))
-            for kind, sizes in arrays
-        )
-        found.append((name, total))
-    return found
-
-
 def compile_both(case, mesh):
     """The compiled call, and that of its gradient alone."""
     f = over_blocks(case, mesh)
@@ -450,7 +448,7 @@ LARGE = (
 def test_bytes_sent_and_held(case):
     block = 4 * int(np.prod(case.shape)) // 8
     for compiled in compile_both(case, make_mesh(seq=8)):
-        found = collectives(compiled)
+        found = bytes_received(compiled)
         # Of each, the eighth that a device keeps is not sent: 2 * 7 / 8 of its block.
         assert found == [("all-to-all", block)] * 2
         memory = compiled.memory_analysis()
@@ -464,11 +462,11 @@ def test_only_ids_are_gathered():
     block, ids = 4 * 3 * 64 * 16 // 8, 4 * 3 * 64
     for compiled in compile_both(case, make_mesh(seq=8)):
         expected = [("all-gather", ids), *[("all-to-all", block)] * 2]
-        assert sorted(collectives(compiled)) == expected
+        assert sorted(bytes_received(compiled)) == expected
     # Exchanged along the batch, ids are not gathered either.
     case = Case("ids", (8, 64, 16), layout="ids")
     for compiled in compile_both(case, make_mesh(seq=8)):
-        assert {name for name, _ in collectives(compiled)} == {"all-to-all"}
+        assert {name for name, _ in bytes_received(compiled)} == {"all-to-all"}
 
 
 def test_compiled_for_a_tpu(monkeypatch):
@@ -484,7 +482,7 @@ def test_compiled_for_a_tpu(monkeypatch):
     case = Case("tpu", (4, 32768, 512))
     block = 4 * int(np.prod(case.shape)) // 8
     for compiled in compile_both(case, mesh):
-        assert collectives(compiled) == [("all-to-all", block)] * 2
+        assert bytes_received(compiled) == [("all-to-all", block)] * 2
         memory = compiled.memory_analysis()
         assert memory is not None
         assert memory.temp_size_in_bytes < 3 * block

@@ -66,13 +66,17 @@ def sharded(f, name, mesh=MESH, **more):
     )
 
 
-def check(f, name, place=lambda tree, spec: tree):
+def check(f, name, place=lambda tree, spec: tree, jit=jax.jit):
     """Values and gradient of `f(x, segments)`, which must be the reversals."""
     x, cts = operands(name)
     x_spec, spec, *_ = SPECS[name]
-    arguments = place(SEGMENTS, spec)
-    ys, vjp = jax.vjp(lambda x: f(x, arguments), place(x, x_spec))
-    (x_bar,), want_bar = vjp(cts), np.zeros_like(x)
+
+    def both(x, segments, cts):
+        ys, vjp = jax.vjp(lambda x: f(x, segments), x)
+        return ys, *vjp(cts)
+
+    ys, x_bar = jit(both)(place(x, x_spec), place(SEGMENTS, spec), cts)
+    want_bar = np.zeros_like(x)
     for case, segments, y, ct in zip(CASES, SEGMENTS, ys, cts, strict=True):
         want, share = by_hand(case, x, segments, ct, *SPECS[name][:3])
         assert_same_bits(y, want, case.name)
@@ -83,19 +87,19 @@ def check(f, name, place=lambda tree, spec: tree):
 @pytest.mark.parametrize("name", SPECS)
 def test_values_and_gradients(name):
     """Wrong here: a sum over devices that is missing, or made twice."""
-    check(jax.jit(sharded(every_case(), name)), name)
+    check(sharded(every_case(), name), name)
 
 
 @two_specs
 def test_eager(name):
     """Wrong here: the way of an eager call, which must not be taken on tracers."""
-    check(sharded(every_case(), name), name)
+    check(sharded(every_case(), name), name, jit=lambda f: f)
 
 
 @two_specs
 def test_unchecked(name):
     """Wrong here: anything that needs to know what varies."""
-    check(jax.jit(sharded(every_case(), name, check_vma=False)), name)
+    check(sharded(every_case(), name, check_vma=False), name)
 
 
 @pytest.mark.parametrize("kinds", ("auto auto", "explicit auto", "auto explicit"))
@@ -105,7 +109,7 @@ def test_partly_manual(name, kinds):
     or an explicit sharding over it stops the index arithmetic."""
     over = mesh(kinds)
     check(
-        jax.jit(sharded(every_case(), name, over, axis_names={"a"})),
+        sharded(every_case(), name, over, axis_names={"a"}),
         name,
         # An explicit axis takes what is laid out as `in_specs` says, and nothing else.
         lambda tree, spec: jax.device_put(tree, NamedSharding(over, spec)),
@@ -129,7 +133,7 @@ INSIDE = {
 def test_transformed_inside(transform):
     """Wrong here: the sum over devices, lost by a rule of the transformation's."""
     call = sharded(every_case(transform), "x-replicated")
-    check(jax.jit(call), "x-replicated")
+    check(call, "x-replicated")
 
 
 OUTSIDE = {
@@ -155,7 +159,7 @@ def add_axis(tree):
 def test_transformed_outside(transform):
     """Wrong here: the same, or a mesh axis that vmap names and nobody sums over."""
     call = transform(sharded(every_case(), "x-replicated"))
-    check(jax.jit(lambda x, s: [y[0] for y in call(x, s)]), "x-replicated")
+    check(lambda x, s: [y[0] for y in call(x, s)], "x-replicated")
 
 
 @pytest.mark.parametrize("name", ("x-replicated", "x-features-only", "one-axis-each"))
