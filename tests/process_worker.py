@@ -1,9 +1,10 @@
-"""One of two processes that hold the rows of a batch between them.
+"""One of two processes that hold an array between them: its rows, or its steps.
 
 Run by test_processes.py, with the coordinator's address and a number.
 """
 
 import sys
+from functools import partial
 
 import jax
 import numpy as np
@@ -38,9 +39,7 @@ def values_and_gradient(call):
     return both
 
 
-def main(address, number):
-    jax.config.update("jax_cpu_collectives_implementation", "gloo")
-    jax.distributed.initialize(address, num_processes=2, process_id=number)
+def check_rows():
     rng = np.random.default_rng(0)
     for axis_type in (AxisType.Auto, AxisType.Explicit):
         mesh = jax.make_mesh((jax.device_count(),), ("a",), axis_types=(axis_type,))
@@ -69,6 +68,40 @@ def main(address, number):
         check(case.name, y, case.expected(np.tile(shared, (4, 1, 1)), segments))
         want = case.expected(ct, segments).reshape(4, 2, *ct.shape[1:]).sum(0)
         check(case.name, x_bar, want)
+
+
+def check_steps():
+    """One segment axis over both processes: features are exchanged, and rows."""
+    mesh = jax.make_mesh((jax.device_count(),), ("seq",), axis_types=(AxisType.Auto,))
+    blocks = P(None, "seq")
+    for case, spec in (
+        (Case("steps", (3, 16, 4)), P()),
+        (Case("steps-ids", (4, 16, 3), layout="ids"), blocks),
+    ):
+        call = jax.shard_map(
+            partial(case.call, axis_name="seq"),
+            mesh=mesh,
+            in_specs=(blocks, spec),
+            out_specs=blocks,
+        )
+        segments = case.segments()
+        x, ct = np.random.default_rng(0).normal(size=(2, *case.shape))
+        x, ct = x.astype(np.float32), ct.astype(np.float32)
+        y, x_bar = values_and_gradient(call)(
+            globally(mesh, x, blocks),
+            globally(mesh, segments, spec),
+            globally(mesh, ct, blocks),
+        )
+        assert not y.is_fully_addressable  # Or one process would have it all.
+        check(case.name, y, case.expected(x, segments))
+        check(case.name, x_bar, case.expected(ct, segments))
+
+
+def main(address, number):
+    jax.config.update("jax_cpu_collectives_implementation", "gloo")
+    jax.distributed.initialize(address, num_processes=2, process_id=number)
+    check_rows()
+    check_steps()
     print(jax.process_count(), "processes,", jax.device_count(), "devices: all right")
     jax.distributed.shutdown()
 

@@ -8,7 +8,7 @@ import pytest
 from tests.processes import run_two
 
 
-def test_rows_over_two_processes():
+def test_rows_and_steps_over_two_processes():
     """Wrong here: values or gradients, in any sharding mode, of any encoding."""
     for output in run_two("process_worker"):
         assert "2 processes, 4 devices: all right" in output

@@ -24,7 +24,6 @@ from jax_revseg import (
 )
 from tests.cases import Case, assert_same_bits
 from tests.meshes import bytes_received
-from tests.processes import run_two
 
 
 def make_mesh(axis_type=AxisType.Auto, **sizes):
@@ -487,11 +486,3 @@ def test_compiled_for_a_tpu(monkeypatch):
         assert memory is not None
         assert memory.temp_size_in_bytes < 3 * block
         assert memory.output_size_in_bytes < 1.1 * block
-
-
-# ---- several processes
-
-
-def test_two_processes():
-    for output in run_two("sequence_process"):
-        assert "4 devices, values and gradients right" in output

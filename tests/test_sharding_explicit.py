@@ -65,19 +65,22 @@ def calls(xs, segments, **more):
     ]
 
 
-def values_and_gradients(f, xs, segments, cts):
-    ys, vjp = jax.vjp(lambda xs: f(xs, segments), xs)
-    return zip(CASES, SEGMENTS, map(np.asarray, cts), ys, *vjp(cts), strict=True)
+def values_and_gradients(f, xs, segments, cts, jit=True):
+    def run(xs, segments, cts):
+        ys, vjp = jax.vjp(lambda xs: f(xs, segments), xs)
+        return ys, *vjp(cts)
+
+    ys, x_bars = (jax.jit(run) if jit else run)(xs, segments, cts)
+    return zip(CASES, SEGMENTS, map(np.asarray, cts), ys, x_bars, strict=True)
 
 
 @each_spec
 @pytest.mark.parametrize("how", ("jit", "eager", "jit-without-mesh"))
 def test_values_and_gradients(name, how):
     """Wrong here: another sharding than `add` gives, or rows exchanged on the way."""
-    xs, segments, cts = operands(MESH, name)
-    f = calls if how == "eager" else jax.jit(calls)
+    given = operands(MESH, name)
     with contextlib.nullcontext() if how == "jit-without-mesh" else jax.set_mesh(MESH):
-        results = values_and_gradients(f, xs, segments, cts)
+        results = values_and_gradients(calls, *given, jit=how != "eager")
     for case, s, ct, y, x_bar in results:
         assert_same_bits(y, case.expected(integers(SHAPE), s), case.name)
         assert_same_bits(x_bar, case.expected(ct, s), case.name)
@@ -88,7 +91,7 @@ def test_values_and_gradients(name, how):
 def test_padding_value(name):
     """Wrong here: a mask that is sharded otherwise than what it selects from."""
     xs, segments, cts = operands(MESH, name)
-    f = jax.jit(partial(calls, padding_value=5.0))
+    f = partial(calls, padding_value=5.0)
     with jax.set_mesh(MESH):
         results = values_and_gradients(f, xs, segments, cts)
     for case, s, ct, y, x_bar in results:
@@ -104,7 +107,7 @@ def test_mixed_mesh(name, kinds):
     """Wrong here: an auto axis treated as an explicit one, or the other way round."""
     xs, segments, cts = operands(mesh(kinds), name)
     with jax.set_mesh(xs[0].sharding.mesh):
-        results = values_and_gradients(jax.jit(calls), xs, segments, cts)
+        results = values_and_gradients(calls, xs, segments, cts)
     for case, s, ct, y, x_bar in results:
         assert_same_bits(y, case.expected(integers(SHAPE), s), case.name)
         assert_same_bits(x_bar, case.expected(ct, s), case.name)
@@ -128,9 +131,8 @@ def test_vmap_over_a_sharded_axis(name, jit):
             for case, x, s in zip(CASES, xs, segments, strict=True)
         ]
 
-    f = jax.jit(rows) if jit else rows
     with jax.set_mesh(MESH):
-        results = values_and_gradients(f, xs, segments, cts)
+        results = values_and_gradients(rows, xs, segments, cts, jit)
     for case, s, ct, y, x_bar in results:
         want, want_bar = np.broadcast_to(xs[0], SHAPE), case.expected(ct, s)
         assert_same_bits(y, case.expected(want, s), case.name)
