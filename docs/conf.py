@@ -29,6 +29,7 @@ autodoc_type_aliases = {
     for name in ("ArrayLike", "AxisName", "BatchAxis", "Implementation", "Integers")
 }
 autodoc_member_order = "bysource"
+autodoc_preserve_defaults = True
 napoleon_google_docstring = True
 napoleon_numpy_docstring = False
 # Nothing to link to without an inventory from the network at each build.
