@@ -114,7 +114,7 @@ types: .venvs/dev/.stamp ## pyright
 	.venvs/dev/bin/pyright --pythonpath .venvs/dev/bin/python
 
 docs: .venvs/dev/.stamp ## the site, in docs/_build/html; warnings are errors
-	.venvs/dev/bin/python -m sphinx --quiet --define nb_execution_mode=off \
+	.venvs/dev/bin/python -m sphinx --quiet \
 	  -b linkcheck docs docs/_build/linkcheck
 	.venvs/dev/bin/python -m sphinx --fail-on-warning --keep-going -b html \
 	  docs docs/_build/html
