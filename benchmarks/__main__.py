@@ -107,8 +107,8 @@ def main(argv: list[str] | None = None) -> int:
             if results is not None:
                 results.add(name, row)
     if results is not None:
-        for part in report.PARTS[:-1]:
-            print(f"\n{report.part(part, '', results.data)}")
+        tables = [report.part(part, "", results.data) for part in report.PARTS[:-1]]
+        print("", *(text for text in tables if text != report.EMPTY), sep="\n\n")
         print(f"\n{len(rows)} rows written to {results.path}")
     if args.page:
         report.main()

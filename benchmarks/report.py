@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import re
-from typing import Any
 
 from benchmarks.results import FOLDER
 from benchmarks.reversals import COPY, OURS, SNIPPET
@@ -48,7 +47,12 @@ def ms(time: Row | None) -> str:
     return f"{1e3 * time['seconds']:.3g}" if time else ""
 
 
+EMPTY = "Not measured."
+
+
 def markdown(head: list[str], lines: list[list[str]]) -> str:
+    if not lines:
+        return EMPTY
     rows = [head, ["---"] + ["--:"] * (len(head) - 1), *lines]
     return "\n".join(f"| {' | '.join(row)} |" for row in rows)
 
@@ -80,36 +84,27 @@ def limits(data: Row) -> str:
     return markdown(head, lines)
 
 
-def _peers(data: Row, columns: dict[tuple[str, str, str], str]) -> str:
+WAYS = {"forward": "", "gradient": ", gradient"}
+PLAIN = [(name, "new", "forward") for name in (SNIPPET, "Flax", "PyTorch")]
+for _name in ("TensorFlow", "TensorFlow XLA", "ONNX Runtime"):
+    PLAIN.append((_name, "pooled", "forward"))
+REUSED = [(name, "reused", way) for name in (SNIPPET, "Flax") for way in WAYS]
+REUSED.append(("PyTorch", "reused", "forward"))
+
+
+def peers(data: Row, columns: list[tuple[str, str, str]]) -> str:
     """Ratios to the same call of this library; in bold what is faster beyond doubt."""
     lines = []
     for name, row in quiet(data, "reversal").items():
         cells = []
         for column in columns:
             t = find(row, *column)
-            r = t["to"].get(OURS) if t else None
+            r = t["to"][OURS] if t else None
             bold = "**" if r and r["ratio"] + r["error"] < 1 else ""
             cells.append(f"{bold}{ratio(t, OURS)}{bold}")
         if any(cells):
             lines.append([f"`{name}`", *cells])
-    return markdown(["case", *columns.values()], lines)
-
-
-def plain(data: Row) -> str:
-    pooled = ("TensorFlow", "TensorFlow XLA", "ONNX Runtime")
-    new = (SNIPPET, "Flax", "PyTorch")
-    keys = [(n, "new", "forward") for n in new]
-    keys += [(n, "pooled", "forward") for n in pooled]
-    return _peers(data, {key: key[0] for key in keys})
-
-
-def reused(data: Row) -> str:
-    keys = [(n, "reused", way) for n in (SNIPPET, "Flax") for way in WAYS]
-    keys.append(("PyTorch", "reused", "forward"))
-    return _peers(data, {key: key[0] + WAYS[key[2]] for key in keys})
-
-
-WAYS = {"forward": "", "gradient": ", gradient"}
+    return markdown(["case", *(name + WAYS[way] for name, _, way in columns)], lines)
 
 
 def recurrence(data: Row, group: str) -> str:
@@ -127,7 +122,7 @@ def recurrence(data: Row, group: str) -> str:
 
 def calls(data: Row) -> str:
     if not (row := quiet(data, "calls").get("calls")):
-        return "Not measured."
+        return EMPTY
     lines = []
     for t in row["times"]:
         base = "jnp.flip" + ", jitted" * ("jitted" in t["name"])
@@ -143,7 +138,7 @@ def calls(data: Row) -> str:
 
 def svg(title: str, bars: list[tuple[str, Row]]) -> str:
     """Horizontal bars with their errors, and a line at 1; 400 wide, for a phone."""
-    left, unit = 178, 160 / max([2.0, *(r["ratio"] + r["error"] for _, r in bars)])
+    left, unit = 190, 150 / max([2.0, *(r["ratio"] + r["error"] for _, r in bars)])
     height = 46 + 24 * len(bars)
     out = [
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 400 {height}" '
@@ -221,9 +216,10 @@ def part(name: str, slug: str, data: Row) -> str:
     if name == "pictures":
         made = pictures(slug, data).items()
         return "\n\n".join(f"![{title}]({file})" for file, (title, _) in made)
-    makers = dict(machine=machine, limits=limits, plain=plain, reused=reused)
-    make: Any = (makers | dict(calls=calls)).get(name)
-    return make(data) if make else recurrence(data, name)
+    if name in ("plain", "reused"):
+        return peers(data, PLAIN if name == "plain" else REUSED)
+    makers = dict(machine=machine, limits=limits, calls=calls)
+    return makers[name](data) if name in makers else recurrence(data, name)
 
 
 def render(page: str, results: dict[str, Row]) -> str:
@@ -234,7 +230,7 @@ def render(page: str, results: dict[str, Row]) -> str:
             f"**{data['device']}**\n\n{part(match[1], slug, data)}"
             for slug, data in results.items()
         ]
-        parts = parts or ["Not measured."]
+        parts = parts or [EMPTY]
         return "\n\n".join([f"<!-- {match[1]} -->", *parts, "<!-- end -->"])
 
     return re.sub(r"<!-- (\w+) -->\n.*?<!-- end -->", made, page, flags=re.DOTALL)

@@ -83,7 +83,7 @@ class Operands:
             yield Contender(name, self._reused(backward), "reused", **more)
 
     def _new(self, function: Function) -> Callable[[int], Any]:
-        compiled = jax.jit(function, keep_unused=True)
+        compiled = jax.jit(function)
         return repeat(lambda: compiled(self.x, self.s))
 
     def _reused(self, function: Function) -> Callable[[int], Any]:

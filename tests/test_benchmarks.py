@@ -43,7 +43,7 @@ def test_quick_run_writes_a_row_of_each_group(tmp_path, monkeypatch, capsys):
     for name in ("`padded-64x512x8`", "reverse_sequence, jitted", "`8x2048x64`"):
         assert any(name in table for table in tables)
     assert "| scan_segments |" in report.part("scan", "slug", data)
-    assert "to a copy" in capsys.readouterr().out
+    assert "[5/5] bidirectional LSTM" in capsys.readouterr().out
 
 
 @pytest.mark.peers
