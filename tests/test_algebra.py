@@ -21,7 +21,7 @@ by_name = functools.partial(pytest.mark.parametrize, ids=lambda case: case.name)
 
 @by_name("case", KINDS)
 def test_involution(case):
-    """Reversed twice, something is not where it was."""
+    """Fails if reversed twice, something is not where it was."""
     x, segments = case.x(), jnp.asarray(case.segments())
     once = case.call(x, segments)
     assert_same_bits(case.call(once, segments), x)
@@ -31,7 +31,7 @@ def test_involution(case):
 
 @by_name("case", SMALL)
 def test_orthogonality(case):
-    """<rev x, y> is not <x, rev y>: the transpose would not be the reversal itself."""
+    """Fails if <rev x, y> differs from <x, rev y>."""
     rng = np.random.default_rng(0)
     x, y = rng.integers(-9, 9, (2, *case.shape), np.int32)
     segments = jnp.asarray(case.segments())
@@ -41,7 +41,7 @@ def test_orthogonality(case):
 
 
 def test_encodings_agree():
-    """The same segments in another encoding give another result."""
+    """Fails if the same segments in another encoding give another result."""
     x = np.arange(20, dtype=np.int32)
     lengths = [3, 0, 5, 1, 6]
     ids = np.repeat([1, 2, 3, 4, 5, 0], [*lengths, 5])
@@ -52,7 +52,7 @@ def test_encodings_agree():
 
 
 def test_left_padding():
-    """A mask does not do what its recipe promises."""
+    """Fails if a mask does not do what its recipe promises."""
     x = np.array([[0, 0, 1, 2, 3], [4, 5, 6, 7, 8]], np.int32)
     mask = np.array([[0, 0, 1, 1, 1], [1, 1, 1, 1, 1]], bool)
     out = reverse_segments(x, segment_ids=mask.astype(int), padding_id=0)
@@ -61,7 +61,8 @@ def test_left_padding():
 
 @pytest.mark.parametrize("tail", (0, 4))
 def test_reversing_the_packed_form(tail):
-    """Reversing rows and laying them end to end is not reversing segments in place."""
+    """Fails if reversing rows and laying them end to end is not reversing segments in
+    place."""
     lengths = np.array([2, 4, 0, 1])
     x = np.random.default_rng(0).standard_normal((7 + tail, 3)).astype(np.float32)
     rows = pack_segments(x, lengths, max_length=5)
@@ -75,7 +76,6 @@ def test_reversing_the_packed_form(tail):
 
 
 def test_example_of_the_order():
-    """The [6, 3] example: two segments change places, each intact; twice is nothing."""
     x = np.arange(18, dtype=np.float32).reshape(6, 3)
     out, lengths = reverse_segment_order(x, [2, 4])
     assert_same_bits(out, x[[2, 3, 4, 5, 0, 1]])
@@ -86,7 +86,6 @@ def test_example_of_the_order():
 
 
 def test_order_is_two_reversals():
-    """Segments in the opposite order, then each reversed, is all of it reversed."""
     rng = np.random.default_rng(0)
     x = rng.standard_normal((3, 9)).astype(np.float32)
     lengths = jnp.array([[4, 0, 2], [3, 3, 3], [0, 1, 0]])

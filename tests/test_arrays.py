@@ -55,7 +55,7 @@ def by_hand(x, order):
 
 
 def test_every_dtype_under_a_stack():
-    """Wrong here: a dtype that a rule cannot take, or whose bits one changes."""
+    """Fails on a dtype that a rule cannot take, or whose bits one changes."""
     with enable_x64():
         rng = np.random.default_rng(0)
         xs = {d: random_bits(rng, (4, 7, 2), d) for d in DTYPES}
@@ -81,7 +81,7 @@ def test_every_dtype_under_a_stack():
 
 @pytest.mark.parametrize("dtype", ("int4", "uint4", "float4_e2m1fn"))
 def test_four_bits_in_a_loop(dtype):
-    """XLA cannot compile what a loop over rows makes of an operation on 4 bits."""
+    """Fails if XLA cannot compile a loop over rows of 4-bit values."""
     x = random_bits(np.random.default_rng(0), (3, 5), dtype)
     lengths = np.array([2, 5, 0], np.int32)
     ids = (lengths[:, None] > np.arange(5)).astype(np.int32)
@@ -97,7 +97,7 @@ def test_four_bits_in_a_loop(dtype):
 
 
 def test_every_8_bit_float():
-    """XLA:CPU sends some through a wider format, which changes bits of finite ones."""
+    """Fails if an 8-bit float moves through a wider format, which changes bits."""
     xs = [
         np.arange(256, dtype=np.uint8).view(dtype).reshape(4, 64)
         for dtype in DTYPES
@@ -110,7 +110,7 @@ def test_every_8_bit_float():
 
 
 def test_keys_under_a_stack():
-    """Wrong here: the hidden axis of a key array taken for one of its own."""
+    """Fails if the hidden axis of a key array is taken for one of its axes."""
     keys = jax.random.split(jax.random.key(0), (4, 7, 2))
     data = np.asarray(jax.random.key_data(keys))
     y = jax.jit(stacked)(keys, [jnp.asarray(s) for s in SEGMENTS])
@@ -119,7 +119,7 @@ def test_keys_under_a_stack():
 
 
 def test_key_reuse():
-    """Wrong here: another rule than `lax.rev` has, which uses its keys up."""
+    """Fails on another rule than `lax.rev` has, which uses its keys up."""
     for reverse in (lambda k: lax.rev(k, (0,)), lambda k: reverse_sequence(k, 3)):
         with jax.debug_key_reuse(True), pytest.raises(jax.errors.KeyReuseError):
             jax.jit(lambda k: (reverse(k), jax.vmap(jax.random.bits)(k)))(  # noqa: B023
@@ -128,7 +128,7 @@ def test_key_reuse():
 
 
 def test_integers_have_no_gradient():
-    """Wrong here: float0 sent through the primitive, or a dense zero returned."""
+    """Fails on float0 sent through the primitive, or a dense zero returned."""
     x = np.arange(28).reshape(4, 7)
     y, tangent = jax.jvp(
         lambda x: reverse_sequence(x, LENGTHS),
@@ -141,7 +141,7 @@ def test_integers_have_no_gradient():
 
 
 def test_donation():
-    """Wrong here: an output written over the input that it is still read from."""
+    """Fails on an output written over the input that it is still read from."""
     x, want = ROWS.x(), ROWS.expected(ROWS.x(), LENGTHS)
     donated = jnp.array(x)
     y = jax.jit(ROWS.call, donate_argnums=0)(donated, LENGTHS)
@@ -151,7 +151,7 @@ def test_donation():
 
 @pytest.mark.parametrize("order", ((2, 0, 1), (1, 2, 0), (2, 1, 0)))
 def test_custom_layouts(order):
-    """Wrong here: strides of another layout than the array's own."""
+    """Fails on strides of another layout than the array's own."""
     x, want = ROWS.x(), ROWS.expected(ROWS.x(), LENGTHS)
     device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     layout = Format(Layout(order), device)
@@ -168,7 +168,7 @@ def test_custom_layouts(order):
 
 
 def test_committed_to_another_device():
-    """Wrong here: a result that wanders to the default device, or devices mixed."""
+    """Fails on a result that wanders to the default device, or devices mixed."""
     first, other = jax.devices()[2:4]
     x = jax.device_put(ROWS.x(), other)
     want = ROWS.expected(ROWS.x(), LENGTHS)
@@ -186,7 +186,7 @@ def test_committed_to_another_device():
 
 
 def test_saved_by_name():
-    """Wrong here: a policy that does not find the result, or computes it again."""
+    """Fails on a policy that does not find the result, or computes it again."""
 
     def layer(x):
         return jnp.sin(checkpoint_name(reverse_sequence(jnp.sin(x), LENGTHS), "r"))
@@ -207,7 +207,7 @@ def test_saved_by_name():
 
 
 def test_shapes_alone():
-    """Wrong here: an abstract evaluation that looks at values."""
+    """Fails on an abstract evaluation that looks at values."""
     x = jax.ShapeDtypeStruct((4, 7, 2), jnp.bfloat16)
     ids = jax.ShapeDtypeStruct((4, 7), jnp.int16)
     y = jax.eval_shape(lambda x, ids: reverse_segments(x, segment_ids=ids), x, ids)
@@ -215,7 +215,7 @@ def test_shapes_alone():
 
 
 def test_bits_of_special_floats_in_a_loop():
-    """Wrong here: a NaN's payload, a -0.0 or a denormal that a carry does not keep."""
+    """Fails on a NaN's payload, a -0.0 or a denormal that a carry does not keep."""
     x = ROWS.x()
     y = jax.jit(lambda x: lax.fori_loop(0, 4, lambda _, x: ROWS.call(x, LENGTHS), x))(x)
     np.testing.assert_array_equal(bits(y), bits(x))

@@ -32,7 +32,8 @@ def numbers(shape, seed=0):
 
 
 def test_values():
-    """A direction is missing, stays reversed, or sees padding before a valid step."""
+    """Fails if a direction is missing, stays reversed, or sees padding before a valid
+    step."""
     x = numbers((4, 5, 2))
     run = bidirectional(sums, lambda x: 2 * jnp.cumsum(x, 1))
     back = reverse(2 * np.cumsum(reverse(x), 1, dtype=np.int32))
@@ -45,7 +46,7 @@ def test_values():
 
 
 def test_merge():
-    """merge does not get the two results, in this order."""
+    """Fails if merge does not get the two results, in this order."""
     x = numbers((4, 5, 2))
     got = bidirectional(lambda x: x, lambda x: -x, merge=lambda a, b: (a, b))(
         x, LENGTHS
@@ -59,7 +60,7 @@ def test_merge():
 
 @pytest.mark.parametrize("axis, batch_axis", ((0, 1), (-3, -2), (0, None)))
 def test_time_major(axis, batch_axis):
-    """Axes count for x only, and not for outputs of another rank."""
+    """Fails if axes count from the end of an output that has another rank than x."""
     x = numbers((5, 4, 2))
 
     def heads(x):  # One axis more than x has.
@@ -74,7 +75,7 @@ def test_time_major(axis, batch_axis):
 
 
 def test_pytrees():
-    """A leaf of the input or of the output is left unreversed, or lost."""
+    """Fails if a leaf of the input or of the output is left unreversed, or lost."""
     x = {"a": numbers((4, 5, 2)), "b": [numbers((4, 5), 1)]}
 
     def layer(x):
@@ -102,7 +103,8 @@ OFFSETS = np.array([[0, 2, 5], [0, 0, 3], [0, 5, 5], [0, 0, 0]])
     ids=lambda packed: "-".join(packed),
 )
 def test_packed(packed, jit):
-    """Segments move, or a layer that restarts at the same ids restarts elsewhere."""
+    """Fails if segments move, or a layer that restarts at the same ids restarts
+    elsewhere."""
     x = numbers((4, 5, 2))
 
     def layer(x):
@@ -126,7 +128,8 @@ def test_packed(packed, jit):
 
 
 def test_gradients():
-    """A gradient from padding reaches a valid step, or one direction gets none."""
+    """Fails if a gradient from padding reaches a valid step, or one direction gets
+    none."""
     x = numbers((4, 5, 2)).astype(np.float32)
     valid = np.arange(5) < LENGTHS[:, None]
     run = bidirectional(sums, sums)
@@ -144,7 +147,7 @@ def test_gradients():
 
 
 def test_one_sequence():
-    """A scalar length is no length of a single sequence without a batch."""
+    """Fails if a scalar length is refused for one sequence without a batch."""
     x = numbers((5, 2))
     layer = bidirectional(lambda x: x, lambda x: jnp.cumsum(x, 0), merge=lambda a, b: b)
     expected = x.copy()
@@ -154,7 +157,8 @@ def test_one_sequence():
 
 
 def test_errors():
-    """The message names a function that the user did not call, or no argument."""
+    """Fails if the message names a function that the user did not call, or no
+    argument."""
     x, run = numbers((4, 5, 2)), bidirectional(sums, sums)
     for call, error, pattern in (
         (lambda: run([], [1]), ValueError, r"x is \[\].*give at least 1"),
@@ -189,7 +193,7 @@ def test_errors():
     ),
 )
 def test_final_carries_are_refused(carry, where, side):
-    """A carry comes back with its features reversed, in silence."""
+    """Fails if a carry comes back with its features reversed, in silence."""
     layers = {"forward": sums, "backward": sums} | {side: carry}
     with pytest.raises(ValueError, match="only the outputs.* bidirectional_scan") as e:
         bidirectional(**layers)(numbers((4, 5, 2)), LENGTHS)
@@ -200,7 +204,7 @@ def test_final_carries_are_refused(carry, where, side):
 
 
 def test_results_of_different_structures():
-    """The default merge fails without a word about the layers; another need not."""
+    """Fails if the message does not name the layers, or a custom merge is refused."""
     x, layers = numbers((4, 5, 2)), (lambda x: (x, x), lambda x: [x])
     with pytest.raises(
         ValueError, match=r"^bidirectional: forward.*\(\*, \*\).*\[\*\]"
@@ -215,7 +219,8 @@ def scaled(scale, x):
 
 
 def test_is_a_pytree_of_its_layers():
-    """A layer's parameters are hidden, or a function is taken for a parameter."""
+    """Fails if a layer's parameters are hidden, or a function is taken for a
+    parameter."""
     x = numbers((4, 5, 2)).astype(np.float32)
     run = bidirectional(Partial(scaled, 2.0), sums, merge=add)
     leaves = tree_leaves_with_path(run)
@@ -235,7 +240,7 @@ def test_is_a_pytree_of_its_layers():
 
 
 def test_can_be_pickled():
-    """A model that holds it cannot be saved, nor sent to another process."""
+    """Fails if a model that holds it cannot be saved, nor sent to another process."""
     x = numbers((4, 5, 2))
     for merge in ({}, {"merge": add}):
         run = bidirectional(Partial(scaled, 2), sums, **merge)
@@ -246,7 +251,8 @@ def test_can_be_pickled():
 
 
 def test_asks_for_no_framework(monkeypatch):
-    """Flax is imported by a library whose only dependencies are jax and numpy."""
+    """Fails if Flax is imported by a library whose only dependencies are jax and
+    numpy."""
     monkeypatch.delitem(sys.modules, "flax.nnx", raising=False)
     bidirectional(sums, sums)
     assert "flax.nnx" not in sys.modules

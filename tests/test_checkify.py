@@ -89,7 +89,7 @@ def error_of(f, *args):
 @each_bad
 @pytest.mark.parametrize("jit", (True, False), ids=("jit", "eager"))
 def test_reports_row_and_value(bad, jit):
-    """Wrong here: silence, another row, or an error for what is valid."""
+    """Fails on silence, another row, or an error for what is valid."""
     f, wrong, right, message = bad
     f = jax.jit(f) if jit else f
     assert re.search(message, error_of(f, X, jnp.array(wrong)))
@@ -145,7 +145,7 @@ def errors_of(wrap, x):
 
 @pytest.mark.parametrize("transform", TRANSFORMS.values(), ids=TRANSFORMS)
 def test_under_transformations(transform):
-    """Wrong here: a check that a transformation drops, or that it makes always fail."""
+    """Fails on a check that a transformation drops, or that it makes always fail."""
     for number, wrong, right in errors_of(transform, X):
         assert number in wrong
         assert right is None
@@ -155,7 +155,7 @@ def test_under_transformations(transform):
     "transform, x_spec", ((jax.jit, P("a")), (jax.jit, P()), (gradient, P("a")))
 )
 def test_inside_shard_map(transform, x_spec):
-    """Wrong here: a device whose lengths nobody looks at."""
+    """Fails on a device whose lengths nobody looks at."""
 
     def local(f):
         return jax.shard_map(
@@ -169,7 +169,7 @@ def test_inside_shard_map(transform, x_spec):
 
 @pytest.mark.parametrize("kinds", ("auto auto", "explicit explicit"))
 def test_sharded(kinds):
-    """Wrong here: a search for the bad row that a sharding stops."""
+    """Fails on a search for the bad row that a sharding stops."""
     for kind in ("long", "sum", "decreasing"):
         f, wrong, right, message = BAD[kind]
         x = put(mesh(kinds), X, "a", None)
@@ -182,7 +182,7 @@ def test_sharded(kinds):
 
 @pytest.mark.parametrize("asynchronous", (True, False))
 def test_chexify(asynchronous):
-    """Wrong here: chex's way of using checkify, which enables user checks alone."""
+    """Fails if the check is silent under chex, which enables user checks alone."""
     f = chex.chexify(jax.jit(reverse_sequence), async_check=asynchronous)
     f(X, jnp.array([1, 2, 3, 4]))
     f.wait_checks()
@@ -196,7 +196,7 @@ def test_chexify(asynchronous):
     (("int8", -1, 300), ("uint8", 200, 100), ("uint32", 2**32 - 1, 100)),
 )
 def test_narrow_and_wide_dtypes(dtype, value, size):
-    """Wrong here: a bound that wraps in the dtype of the lengths."""
+    """Fails on a bound that wraps in the dtype of the lengths."""
     lengths = jnp.array([3, value], dtype)
     x = jnp.zeros((2, size))
     assert f"lengths[1] is {value}" in error_of(reverse_sequence, x, lengths)
@@ -208,20 +208,20 @@ def test_narrow_and_wide_dtypes(dtype, value, size):
 
 @pytest.mark.parametrize("dtype", ("int8", "uint8", "uint32"))
 def test_decreasing_unsigned_offsets(dtype):
-    """Wrong here: an unsigned difference, which cannot be negative."""
+    """Fails on an unsigned difference, which cannot be negative."""
     offsets = jnp.array([0, 5, 2], dtype)
     assert "cu_seqlens decrease" in error_of(by_offsets, X[0], offsets)
 
 
 def test_only_where_asked_for():
-    """Wrong here: a set of checks that leaves user checks out runs ours."""
+    """Fails if our check runs where the user has not enabled user checks."""
     checked = checkify.checkify(reverse_sequence, errors=checkify.nan_checks)
     assert checked(X, jnp.array([9, 9, 9, 9]))[0].get() is None
 
 
 @each_bad
 def test_free_without_checkify(bad):
-    """Wrong here: an effect, a callback, or a check in every call."""
+    """Fails on an effect, a callback, or a check in every call."""
     f, wrong, *_ = bad
     jaxpr = jax.make_jaxpr(f)(X, jnp.array(wrong))
     assert not jaxpr.effects
@@ -231,7 +231,7 @@ def test_free_without_checkify(bad):
 
 
 def test_ids_and_nothing_have_no_bad_value():
-    """Wrong here: an error for ids of any value, or for no lengths at all."""
+    """Fails on an error for ids of any value, or for no lengths at all."""
     f = lambda x, s: reverse_segments(x, segment_ids=s, padding_id=-1)  # noqa: E731
     assert error_of(f, X, jnp.full((4, 8), -9)) is None
     assert error_of(reverse_segments, X, jnp.zeros((4, 0), int)) is None

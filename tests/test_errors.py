@@ -219,7 +219,6 @@ def test_value_errors(call, pattern):
 
 @pytest.mark.parametrize("call, pattern", HOST_VALUES)
 def test_host_values(call, pattern):
-    """Values that are known are checked, however the function is called."""
     for transform in (lambda f: f, jax.jit, jax.vmap, jax.grad):
         x = X[None] if transform is jax.vmap else X
         run = transform(lambda x: jnp.sum(call(x)[0]))
@@ -228,7 +227,7 @@ def test_host_values(call, pattern):
 
 
 def test_names_the_function():
-    """The message does not say which function was called."""
+    """Fails if the message does not say which function was called."""
     for function in (reverse_sequence, reverse_segments, reverse_segment_order):
         with pytest.raises(TypeError, match=f"^{function.__name__}: x must"):
             function([1], [1])
@@ -236,7 +235,8 @@ def test_names_the_function():
 
 @pytest.mark.parametrize("layout", ("padded", "packed", "offsets"))
 def test_device_values_are_cut(layout):
-    """A length that is not known is refused, waited for, or reads past the axis."""
+    """Fails if a length that is not known is refused, waited for, or reads past the
+    axis."""
     case = Case("cut", (6, 5), layout=layout, lengths="over")
     x, segments = case.x(), case.segments()
     assert (segments < 0).any() and (segments > case.size).any()
@@ -251,7 +251,8 @@ def test_device_values_are_cut(layout):
 
 
 def test_uint64_lengths():
-    """A length of 2**63 or more is cut to a negative one, or to its lower bits."""
+    """Fails if a length of 2**63 or more is cut to a negative one, or to its lower
+    bits."""
     with enable_x64():
         x = np.arange(5)
         for length in (2**31, 2**32 + 1, 2**63, 2**64 - 1):
@@ -265,7 +266,8 @@ def test_uint64_lengths():
     "dtype", ("int8", "uint8", "int16", "int32", "uint32", "int64", "uint64")
 )
 def test_offsets_at_the_limits(dtype):
-    """A difference of offsets wraps: from -1 to 2**31 - 1 is no negative number."""
+    """Fails if a difference of offsets wraps: from -1 to 2**31 - 1 is no negative
+    number."""
     limits = np.iinfo(dtype)
     some = {limits.min, limits.min + 1, -1, 0, 2, 7, limits.max - 1, limits.max}
     some = [v for v in some if limits.min <= v <= limits.max]

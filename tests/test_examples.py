@@ -14,7 +14,6 @@ EXAMPLES = sorted(path.stem for path in FOLDER.glob("[!_]*.py"))
 
 @pytest.mark.parametrize("name", EXAMPLES)
 def test_is_short_and_says_what_it_does(name):
-    """Examples are read more than they are run."""
     text = (FOLDER / f"{name}.py").read_text()
     assert len(text.splitlines()) < 150
     assert (ast.get_docstring(ast.parse(text)) or "").strip()
@@ -23,7 +22,7 @@ def test_is_short_and_says_what_it_does(name):
 
 @pytest.mark.peers  # The environment of `make peers` has what the example imports.
 def test_download_that_fails_says_what_to_do(tmp_path):
-    """A traceback where a sentence would do: pip here finds no package at all."""
+    """Fails if the user sees a traceback. Here pip finds no package at all."""
     for module in ("optax", "tqdm"):
         pytest.importorskip(module)
     code = (

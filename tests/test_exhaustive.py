@@ -42,7 +42,8 @@ def encodings(size):
 
 @pytest.mark.parametrize("size", range(1, 10))
 def test_every_segmentation(size):
-    """Some arrangement of boundaries, neighbours and tail is reversed wrongly."""
+    """Fails if some arrangement of boundaries, neighbours and tail is reversed
+    wrongly."""
     lengths, ids, offsets = encodings(size)
     assert len(lengths) == 2**size
     assert len(np.unique(ids, axis=0)) == 2**size  # No row is tried twice.
@@ -82,7 +83,7 @@ def test_every_segmentation(size):
 
 
 def test_sizes_around_words():
-    """Wrong where a word of 32 positions ends, or the tree above it grows."""
+    """Fails if the end of a word of 32 positions, or a larger tree, is wrong."""
     rng = np.random.default_rng(0)
     # Past 32 words, each of 32 positions, there is a level more: twice so in the last.
     sizes = (31, 32, 33, 1023, 1024, 1056, 33_000)

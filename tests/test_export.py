@@ -46,7 +46,7 @@ def custom_calls(artifact):
 
 @pytest.mark.parametrize("case", SMALL, ids=lambda case: case.layout)
 def test_every_size_symbolic(case):
-    """Wrong here: a size baked in, a call that another platform lacks, no gradient."""
+    """Fails on a size baked in, a call that another platform lacks, no gradient."""
     segments, calls = SEGMENTS[case.layout]
     artifact = exported(case.call, segments)
     assert artifact.platforms == PLATFORMS
@@ -75,7 +75,7 @@ REPEATS = {"padded": (1, 0), "packed": (1, 0), "ids": (40, 1), "offsets": (1, 0)
 
 @pytest.mark.parametrize("case", SMALL[:3], ids=lambda case: case.layout)
 def test_known_sizes_need_no_custom_call(case):
-    """Wrong here: a kernel or a library call where plain StableHLO would do."""
+    """Fails on a kernel or a library call where plain StableHLO would do."""
     x, s = case.x(), case.segments()
     artifact = export.export(jax.jit(case.call), platforms=PLATFORMS)(x, s)
     assert custom_calls(artifact) == custom_calls(artifact.vjp()) == set()
@@ -83,7 +83,7 @@ def test_known_sizes_need_no_custom_call(case):
 
 @pytest.mark.parametrize("case", SMALL[:3], ids=lambda case: case.layout)
 def test_padding_value(case):
-    """Wrong here: the mask of a symbolic size, or that of out-of-range lengths."""
+    """Fails if the mask is wrong for a symbolic size or for lengths out of range."""
     segments, calls = SEGMENTS[case.layout]
     artifact = exported(lambda x, s: case.call(x, s, padding_value=5.0), segments)
     assert custom_calls(artifact) == calls
@@ -126,7 +126,7 @@ def expired_artifacts():
 
 
 def test_artifact_of_the_oldest_jax():
-    """Wrong here: an artifact that somebody stored, and this JAX cannot run."""
+    """Fails on an artifact that somebody stored, and this JAX cannot run."""
     # Integers: the gradients of all three results are added.
     x = np.arange(112, dtype=np.float32).reshape(4, 7, 4)
     segments = [case.segments() for case in SMALL[:3]]

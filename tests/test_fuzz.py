@@ -25,7 +25,7 @@ def forget_now_and_then():
 
 @given(stacks())
 def test_stack(stack):
-    """Wrong here: a rule on what another rule returned."""
+    """Fails on a rule on what another rule returned."""
     forget_now_and_then()
     f, x, s, name = stack
     note(name)
@@ -36,7 +36,7 @@ def test_stack(stack):
 @settings(max_examples=settings().max_examples // 3)
 @given(cases(), st.data())
 def test_host_and_device(case, data):
-    """Wrong here: a check on the host that refuses what is right, or lets pass what is
+    """Fails on a check on the host that refuses what is right, or lets pass what is
     not, or another result from the host than from the device."""
     forget_now_and_then()
     s = data.draw(segments(case, segments_shape(case)))

@@ -85,7 +85,7 @@ def vjp(case: Case):
 @needs_compiler
 @by_name("case", PADDED)
 def test_padded_is_one_kernel(case):
-    """Something beside x is written to memory, forward or backward."""
+    """Fails if something beside x is written to memory, forward or backward."""
     inexact = jnp.issubdtype(case.dtype, jnp.inexact)
     for function in (case.call, vjp(case)) if inexact else (case.call,):
         program = compiled(function, case)
@@ -96,7 +96,7 @@ def test_padded_is_one_kernel(case):
 @needs_compiler
 @by_name("case", OTHERS)
 def test_others_are_few_kernels(case):
-    """Finding the segments takes a loop, or memory, or many kernels."""
+    """Fails if finding the segments takes a loop, or memory, or many kernels."""
     index_bytes = 4 * math.prod(case.batch_shape) * case.size
     for function in (case.call, vjp(case)):
         program = compiled(function, case)
@@ -107,7 +107,7 @@ def test_others_are_few_kernels(case):
 
 @needs_compiler
 def test_neighbours_fuse():
-    """What is done to each element before or after costs a pass over memory."""
+    """Fails if elementwise work before or after costs a pass over memory."""
     case = PADDED[0]
     program = compiled(lambda x, s: jnp.tanh(case.call(2 * x, s)) + 1, case)
     assert kernels(program) == ["fusion"]
@@ -116,7 +116,7 @@ def test_neighbours_fuse():
 
 @needs_compiler
 def test_kernels_are_seen():
-    """A program with temporaries and a loop is taken for one without."""
+    """Fails if a program with temporaries and a loop is taken for one without."""
 
     def costly(x, segments):
         shifted = jax.lax.fori_loop(0, segments[0], lambda _, x: jnp.roll(x, 1, 1), x)
@@ -130,7 +130,7 @@ def test_kernels_are_seen():
 
 @pytest.mark.skipif(jax.default_backend() != "gpu", reason="there is no GPU here")
 def test_on_a_gpu():
-    """What the GPU computes differs from the reference."""
+    """Fails if what the GPU computes differs from the reference."""
     for case in (*KINDS, *AXES, *TYPES, *LENGTHS_TYPES):
         if case.dtype in WIDE or case.lengths_dtype in WIDE:
             continue  # Not without x64.

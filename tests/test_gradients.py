@@ -28,7 +28,7 @@ GROUP = (
 
 
 def test_values():
-    """A derivative is another permutation, is summed, or its bits change."""
+    """Fails if a derivative is another permutation, is summed, or its bits change."""
     rng = np.random.default_rng(0)
     xs, segments = [c.x() for c in GROUP], [c.segments() for c in GROUP]
     # Also NaNs with payloads: nothing may be multiplied by 0 or by 1, or added.
@@ -55,7 +55,8 @@ def test_values():
 
 
 def test_padding_value():
-    """Gradient flows into overwritten padding, or not into what overwrote it."""
+    """Fails if gradient flows into overwritten padding, or not into what overwrote
+    it."""
     xs, segments = [c.x() for c in SMALL], [c.segments() for c in SMALL]
     cotangents = [
         np.random.default_rng(0).integers(1, 9, c.shape).astype(c.dtype) for c in SMALL
@@ -78,7 +79,8 @@ def test_padding_value():
 
 
 def test_to_second_order():
-    """The derivatives disagree with finite differences, in one of the modes."""
+    """Fails if the derivatives disagree with finite differences, in one of the
+    modes."""
     with enable_x64():
         x = np.random.default_rng(0).standard_normal((2, 7, 2))
         padded, _, ids, _ = SMALL  # Any other encoding has the same rules.
@@ -93,7 +95,8 @@ def test_to_second_order():
 
 @by_name("case", SMALL)
 def test_jacobians(case):
-    """A Jacobian is not the permutation's matrix, or a second derivative is not 0."""
+    """Fails if a Jacobian is not the permutation's matrix, or a second derivative is
+    not 0."""
     segments = case.segments()[:1]
     x = np.arange(7, dtype=np.float32)[None]
     row = case.expected(np.arange(7)[None], segments)[0]
@@ -117,7 +120,8 @@ def test_jacobians(case):
 
 @by_name("case", SMALL)
 def test_integers(case):
-    """Integer data, or lengths, have a gradient other than float0's nothing."""
+    """Fails if integer data, or lengths, have a gradient other than float0's
+    nothing."""
     x, segments = np.arange(56).reshape(4, 7, 2), jnp.asarray(case.segments())
     nothing = np.zeros(x.shape, jax.dtypes.float0)
     out, tangent = jax.jvp(lambda x: case.call(x, segments), (x,), (nothing,))
@@ -138,7 +142,7 @@ def test_integers(case):
 
 
 def test_no_cotangent():
-    """The transpose rule cannot take that nothing depends on the result."""
+    """Fails if the transpose rule cannot take a symbolic zero."""
     x, lengths = jnp.arange(14.0).reshape(2, 7), jnp.array([3, 7])
 
     @jax.custom_jvp
@@ -154,7 +158,7 @@ def test_no_cotangent():
 
 
 def test_taylor_mode():
-    """Terms of a Taylor series are not reversed along with the value."""
+    """Fails if terms of a Taylor series are not reversed along with the value."""
     x = np.random.default_rng(0).standard_normal((2, 7)).astype(np.float32)
     lengths = np.array([3, 7])
 
@@ -169,7 +173,7 @@ def test_taylor_mode():
 
 
 def test_segment_order():
-    """The gradient of the order of segments is not the inverse permutation."""
+    """Fails if the gradient of the order of segments is not the inverse permutation."""
     cotangent = np.arange(6, dtype=np.float32)
 
     def order(x):

@@ -25,7 +25,6 @@ sys.exit(main(["--quick", "--json"]))
 
 
 def test_quick_json(capsys):
-    """The report that issues ask for: every encoding, values and gradients."""
     assert self_check.main(["--quick", "--json"]) == 0
     result = json.loads(capsys.readouterr().out)
     assert result["ok"] and result["summary"].startswith("All is right")
@@ -38,7 +37,6 @@ def test_quick_json(capsys):
 
 
 def test_text_ends_with_the_verdict(capsys, monkeypatch):
-    """With sizes cut, the timed part runs too, and each ratio is one of two times."""
     time_case = self_check.time_case
     monkeypatch.setattr(
         self_check,
@@ -69,7 +67,7 @@ def test_text_ends_with_the_verdict(capsys, monkeypatch):
     ids=("wrong values", "a lowering that raises", "wrong gradient"),
 )
 def test_a_fault_fails_every_check(fault, forward, error):
-    """Were the exit status 0 here, no report from other hardware would mean much."""
+    """Fails if a wrong result passes the self-check."""
     done = subprocess.run(
         [sys.executable, "-c", FAULT.format(fault=fault)],
         capture_output=True,

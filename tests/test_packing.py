@@ -20,7 +20,8 @@ SIZES = (0, 3, 12)  # Less than a segment, and more than all of them.
 
 @pytest.mark.parametrize("kind", LENGTHS)
 def test_values(kind):
-    """A step goes to another row, a cut is elsewhere, or padding is not filled."""
+    """Fails if a step goes to another row, a cut is elsewhere, or padding is not
+    filled."""
     rng = np.random.default_rng(0)
     lengths = np.array(LENGTHS[kind], np.int32)
     x = random_bits(rng, (11, 2), "float32")
@@ -46,7 +47,7 @@ def test_values(kind):
 
 @pytest.mark.parametrize("kind", ("some", "all"))
 def test_host_lengths(kind):
-    """The checked way through the code gives something else."""
+    """Fails if the checked way through the code gives something else."""
     x = np.arange(11)
     lengths = LENGTHS[kind]
     packed = pack_segments(x, lengths, max_length=4)
@@ -58,7 +59,8 @@ def test_host_lengths(kind):
 
 @pytest.mark.parametrize("dtype", ("bool", "int4", "float8_e4m3fn", "complex64"))
 def test_dtypes(dtype):
-    """A dtype loses its values on the way through a row of its own and back."""
+    """Fails if a dtype loses its values on the way through a row of its own and
+    back."""
     x = random_bits(np.random.default_rng(0), (7, 2), dtype)
     if x.itemsize == 1:
         x[x != x] = 1  # XLA computes `where` on small floats in wider ones.
@@ -70,7 +72,7 @@ def test_dtypes(dtype):
 
 
 def test_keys():
-    """Keys, which have no zero, cannot be packed even with a key to pad with."""
+    """Fails if keys, which have no zero, cannot be packed with a key to pad with."""
     keys = jax.random.split(jax.random.key(0), 4)
     out = pack_segments(keys, [1, 2], max_length=2, padding_value=keys[3])
     expected = np.asarray(jax.random.key_data(keys))[[[0, 3], [1, 2]]]
@@ -78,7 +80,7 @@ def test_keys():
 
 
 def test_lengths_wider_than_a_position():
-    """A length of 2**32 + 1 is cut to its lower bits, and counts as 1."""
+    """Fails if a length of 2**32 + 1 is cut to its lower bits, and counts as 1."""
     with enable_x64():
         x, lengths = np.arange(5), jnp.array([1, 2**32 + 1])
         out = pack_segments(x, lengths, max_length=3)
@@ -89,7 +91,7 @@ def test_lengths_wider_than_a_position():
 
 
 def test_nothing():
-    """No steps, no segments or no features need a row or a step that is not there."""
+    """Fails if an empty array needs a row or a step that is not there."""
     x = np.ones((3, 2), np.float32)
     empty = np.zeros(0, np.int32)
     for lengths in ([], empty, jnp.asarray(empty)):
@@ -112,7 +114,8 @@ def test_nothing():
 
 
 def test_gradients():
-    """A gradient is not laid down where its value came from, or comes from padding."""
+    """Fails if a gradient is not laid down where its value came from, or comes from
+    padding."""
     lengths = jnp.array([2, 4, 0, 1])
     x = np.zeros((9, 2), np.float32)
     rng = np.random.default_rng(0)
@@ -142,7 +145,7 @@ def test_gradients():
 
 
 def test_vmap():
-    """A batch of packed arrays is not one packed array after the other."""
+    """Fails if a batch of packed arrays is taken for one packed array."""
     x = np.arange(24, dtype=np.int32).reshape(3, 8)
     lengths = np.array([[1, 2, 3], [0, 4, 0], [3, 3, 2]])
     run = jax.jit(jax.vmap(lambda x, n: pack_segments(x, n, max_length=4)))

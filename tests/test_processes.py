@@ -9,12 +9,13 @@ from tests.processes import run_two
 
 
 def test_rows_and_steps_over_two_processes():
-    """Wrong here: values or gradients, in any sharding mode, of any encoding."""
+    """Fails if a value or a gradient is wrong, in any sharding mode and any
+    encoding."""
     for output in run_two("process_worker"):
         assert "2 processes, 4 devices: all right" in output
 
 
 def test_the_time_limit_holds():
-    """Wrong here: processes that outlive a test which failed."""
+    """Fails on processes that outlive a test which failed."""
     with pytest.raises(subprocess.TimeoutExpired):
         run_two("process_worker", limit=0.1)

@@ -253,8 +253,8 @@ def combine_all(fn, elems, reverse, **encoding):
 
 @each_direction
 def test_associative_scan_combines_each_segment_alone(reverse):
-    """A product that overflows in one segment must not reach the next, nor must the
-    gradient of a NaN in the padding."""
+    """Fails if a product overflows into the next segment, or a NaN in the padding
+    reaches a gradient."""
     encodings = [e for e in ENCODINGS.values() if "mask" not in e]
     rng = np.random.default_rng(0)
     clean = {"m": rng.uniform(0.5, 1.5, (N, T, 1)), "v": rng.normal(size=(N, T, 2))}
@@ -306,7 +306,6 @@ DIGITS = np.array([[1, 2, 3, 4], [5, 6, 7, 8]])
 
 
 def test_layouts_of_xs_and_trees():
-    """Time-major, two batch axes, no batch axis, leaves of other ranks and dtypes."""
     f = partial(total, 1)
     zeros, lengths = jnp.zeros(2, int), jnp.array([3, 2])
     carry, ys = scan_segments(f, zeros, DIGITS, lengths)
@@ -331,7 +330,7 @@ def test_layouts_of_xs_and_trees():
 
 
 def test_dtypes_and_keys():
-    """Key arrays, as for dropout, have no zero and no half."""
+    """Fails if key arrays, which have no zero, cannot be carried or scanned."""
     keys = jax.random.split(jax.random.key(0), (2, 4))
     xs = {"key": keys, "byte": DIGITS.astype(np.int8), "flag": DIGITS > 2}
 
@@ -426,7 +425,7 @@ def test_transformations(how):
 
 
 def test_under_debugging_settings():
-    """NaNs in the padding are no NaNs of the program; no tracer is left behind."""
+    """Fails if a NaN in the padding counts as one of the program, or a tracer leaks."""
     w, init, xs = make(np.nan, **ENCODINGS["lengths"])
     run = partial(scan_segments, partial(gru, w), init, lengths=LENGTHS)
     expected = run(xs)
@@ -501,7 +500,7 @@ MODES = {  # The operands that are sharded.
 
 @pytest.mark.parametrize("mode", MODES)
 def test_sharded_batch(mode):
-    """A gradient of replicated parameters that is not summed over the devices."""
+    """Fails if a gradient of replicated parameters is not summed over the devices."""
     names = ("lengths", "ids and padding", "mask")
     names = names if len(MODES[mode]) > 1 else names[-1:]
     sharded, loss = list(sharded_case(*names)), sharded_loss
@@ -590,10 +589,8 @@ def test_checkify_reports_lengths_out_of_range():
 
 
 def test_no_transfer_from_the_host():
-    """With all operands on the device nothing may come from the host.
-
-    `jax.lax.associative_scan` itself moves constants where it runs outside of jit.
-    """
+    """Without `associative_scan`, in which JAX itself moves constants outside of
+    jit."""
     f = jax.jit(lambda c, x: (c + x, c))
     operands = jax.tree.map(jnp.asarray, (ZEROS, DIGITS))
     for encoding in (

@@ -86,27 +86,27 @@ def check(f, name, place=lambda tree, spec: tree, jit=jax.jit):
 
 @pytest.mark.parametrize("name", SPECS)
 def test_values_and_gradients(name):
-    """Wrong here: a sum over devices that is missing, or made twice."""
+    """Fails on a sum over devices that is missing, or made twice."""
     check(sharded(every_case(), name), name)
 
 
 @two_specs
 def test_eager(name):
-    """Wrong here: the way of an eager call, which must not be taken on tracers."""
+    """Fails if tracers take the way of an eager call."""
     check(sharded(every_case(), name), name, jit=lambda f: f)
 
 
 @two_specs
 def test_unchecked(name):
-    """Wrong here: anything that needs to know what varies."""
+    """Fails if a rule needs to know which values vary."""
     check(sharded(every_case(), name, check_vma=False), name)
 
 
 @pytest.mark.parametrize("kinds", ("auto auto", "explicit auto", "auto explicit"))
 @pytest.mark.parametrize("name", ("rows", "x-replicated"))
 def test_partly_manual(name, kinds):
-    """Wrong here: the mesh axis that shard_map leaves alone is taken for a manual one,
-    or an explicit sharding over it stops the index arithmetic."""
+    """Fails if the mesh axis that shard_map leaves alone is taken for a manual one, or
+    an explicit sharding over it stops the index arithmetic."""
     over = mesh(kinds)
     check(
         sharded(every_case(), name, over, axis_names={"a"}),
@@ -131,7 +131,7 @@ INSIDE = {
 
 @pytest.mark.parametrize("transform", INSIDE.values(), ids=INSIDE)
 def test_transformed_inside(transform):
-    """Wrong here: the sum over devices, lost by a rule of the transformation's."""
+    """Fails if a rule of the transformation loses the sum over devices."""
     call = sharded(every_case(transform), "x-replicated")
     check(call, "x-replicated")
 
@@ -157,15 +157,15 @@ def add_axis(tree):
 
 @pytest.mark.parametrize("transform", OUTSIDE.values(), ids=OUTSIDE)
 def test_transformed_outside(transform):
-    """Wrong here: the same, or a mesh axis that vmap names and nobody sums over."""
+    """Fails if the sum over devices, or over a mesh axis that vmap names, is lost."""
     call = transform(sharded(every_case(), "x-replicated"))
     check(lambda x, s: [y[0] for y in call(x, s)], "x-replicated")
 
 
 @pytest.mark.parametrize("name", ("x-replicated", "x-features-only", "one-axis-each"))
 def test_gradient_inside(name):
-    """Wrong here: a gradient taken on each device, which must be summed over those
-    that share one x."""
+    """Fails if gradients of each device are not summed over the devices that share one
+    x."""
     x, cts = operands(name)
     x_spec, spec, out_spec, _ = SPECS[name]
 
@@ -186,7 +186,7 @@ def test_gradient_inside(name):
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.layout)
 @pytest.mark.parametrize("name", ("rows", "x-replicated"))
 def test_varying_result_is_not_replicated(case, name):
-    """Wrong here: out_specs=P() accepted, and one device's result taken for all."""
+    """Fails on out_specs=P() accepted, and one device's result taken for all."""
     x_spec, spec, *_ = SPECS[name]
     f = jax.shard_map(case.call, mesh=MESH, in_specs=(x_spec, spec), out_specs=P())
     with pytest.raises(ValueError, match="replicated"):
@@ -194,7 +194,7 @@ def test_varying_result_is_not_replicated(case, name):
 
 
 def test_bind_refuses_what_would_lose_the_sum():
-    """Wrong here: the primitive itself accepts segments that vary more than x."""
+    """Fails if the primitive accepts segments that vary more than x."""
     layout = Layout("padded", 1, (0,))
     bind = partial(reverse_segments_p.bind, layout=layout, implementation=None)
     with pytest.raises(ValueError, match=r"vary over manual mesh axes \{'a'\}"):
@@ -202,7 +202,7 @@ def test_bind_refuses_what_would_lose_the_sum():
 
 
 def test_padding_value():
-    """Wrong here: the mask that fills the padding, or the gradient beside it."""
+    """Fails if padding is filled wrongly, or gets a gradient."""
     x, cts = operands("x-replicated")
     calls = every_case(lambda f: partial(f, padding_value=5.0))
     f = jax.jit(sharded(calls, "x-replicated"))
@@ -216,7 +216,7 @@ def test_padding_value():
 
 
 def test_order_of_segments():
-    """Wrong here: the sums of lengths, made of values that vary and values that not."""
+    """Fails if the sums of lengths mix varying and other values."""
     x, _ = operands("x-replicated")
     f = jax.jit(sharded(reverse_segment_order, "x-replicated"))
     chex.assert_trees_all_equal(
@@ -228,7 +228,7 @@ def test_order_of_segments():
 
 
 def test_packing():
-    """Wrong here: packing by lengths that vary where x does not, or its gradient."""
+    """Fails if packing, or its gradient, is wrong where lengths vary and x does not."""
     x, lengths = integers((6, 4)), SEGMENTS[0] // 3
     f = jax.shard_map(
         lambda x, n: unpack_segments(
@@ -249,7 +249,7 @@ def test_packing():
 
 @pytest.mark.skipif(not hasattr(jax, "pmap"), reason="this JAX has no pmap any more")
 def test_pmap():
-    """Wrong here: a gradient that is not summed over the devices that share x."""
+    """Fails on a gradient that is not summed over the devices that share x."""
     x = integers((1, 6, 4))
     segments = [s[:, None] for s in SEGMENTS]  # One row on each of 8 devices.
     cts = [integers((8, 1, 6, 4), seed) for seed in range(len(CASES))]

@@ -65,7 +65,7 @@ def operands(x_spec, rows):
 @each_partitioner
 @pytest.mark.parametrize("name", SPECS)
 def test_no_collective(name, which):
-    """Wrong here: devices that exchange data, or all hold the whole."""
+    """Fails on devices that exchange data, or all hold the whole."""
     xs, segments = operands(*SPECS[name])
     with partitioner(which):
         assert collectives(calls, xs, segments) == []
@@ -82,7 +82,7 @@ def test_no_collective(name, which):
 
 @each_partitioner
 def test_other_axes(which):
-    """Wrong here: what holds for rows in front only. Time-major, two batch axes."""
+    """Fails if only batch axes in front work: here time-major, with two batch axes."""
     call = jax.vmap(CASES[0].call, (2, 1), 2)  # Lengths (8, 8), x (8, 8, 8, 8).
     x = put(MESH, integers((8, 8, 8, 8)), "a", None, "b", None)
     lengths = np.arange(64).reshape(8, 8) % 9
@@ -98,7 +98,8 @@ def test_other_axes(which):
 @each_partitioner
 @pytest.mark.parametrize("x_spec, rows", ((P(None, "a"), None), (P(), "a")))
 def test_shardings_that_need_an_exchange(x_spec, rows, which):
-    """Wrong values where the segment axis is sharded, or the segments alone are."""
+    """Fails on wrong values where the segment axis, or the segments alone, are
+    sharded."""
     xs, segments = operands(x_spec, rows)
     with partitioner(which):
         if x_spec:  # Else `collectives` is blind, and the tests above see nothing.
@@ -113,7 +114,8 @@ def test_shardings_that_need_an_exchange(x_spec, rows, which):
 
 @pytest.mark.parametrize("name", ("rows-and-features", "rows-over-both"))
 def test_inside_a_layer(name):
-    """Wrong here: a neighbour's sharding lost. A mask before and a sum after it."""
+    """Fails if the reversal changes the sharding of a mask before or of a sum after
+    it."""
     x_spec, rows = SPECS[name]
     xs, segments = operands(x_spec, rows)
 
@@ -131,13 +133,13 @@ def test_inside_a_layer(name):
 
 
 def test_order_of_segments_without_collectives():
-    """Wrong here: the sums of lengths made across devices."""
+    """Fails if lengths are summed across devices."""
     xs, segments = operands(P("a", None, "b"), "a")
     assert collectives(reverse_segment_order, xs[1], segments[1]) == []
 
 
 def test_scan_over_sharded_rows():
-    """Wrong here: a loop that gathers its carry."""
+    """Fails on a loop that gathers its carry."""
     xs, segments = operands(P("a"), "a")
 
     def twice(x, s):

@@ -77,7 +77,7 @@ def values_and_gradients(f, xs, segments, cts, jit=True):
 @each_spec
 @pytest.mark.parametrize("how", ("jit", "eager", "jit-without-mesh"))
 def test_values_and_gradients(name, how):
-    """Wrong here: another sharding than `add` gives, or rows exchanged on the way."""
+    """Fails on another sharding than `add` gives, or rows exchanged on the way."""
     given = operands(MESH, name)
     with contextlib.nullcontext() if how == "jit-without-mesh" else jax.set_mesh(MESH):
         results = values_and_gradients(calls, *given, jit=how != "eager")
@@ -89,7 +89,7 @@ def test_values_and_gradients(name, how):
 
 @pytest.mark.parametrize("name", ("both", "segments-and-features"))
 def test_padding_value(name):
-    """Wrong here: a mask that is sharded otherwise than what it selects from."""
+    """Fails on a mask that is sharded otherwise than what it selects from."""
     xs, segments, cts = operands(MESH, name)
     f = partial(calls, padding_value=5.0)
     with jax.set_mesh(MESH):
@@ -104,7 +104,7 @@ def test_padding_value(name):
 @pytest.mark.parametrize("kinds", ("explicit auto", "auto explicit"))
 @pytest.mark.parametrize("name", ("both", "segments-only", "segments-and-features"))
 def test_mixed_mesh(name, kinds):
-    """Wrong here: an auto axis treated as an explicit one, or the other way round."""
+    """Fails on an auto axis treated as an explicit one, or the other way round."""
     xs, segments, cts = operands(mesh(kinds), name)
     with jax.set_mesh(xs[0].sharding.mesh):
         results = values_and_gradients(calls, xs, segments, cts)
@@ -119,7 +119,7 @@ def test_mixed_mesh(name, kinds):
 @pytest.mark.parametrize("jit", (True, False), ids=("jit", "eager"))
 @pytest.mark.parametrize("name", ("both", "segments-and-features"))
 def test_vmap_over_a_sharded_axis(name, jit):
-    """Wrong here: the mapped axis put in another place than its sharding."""
+    """Fails if the mapped axis and its sharding part."""
     xs, segments, cts = operands(MESH, name)
     x_axis = 0
     if name == "segments-and-features":  # Only the segments are mapped.
@@ -153,7 +153,8 @@ def test_vmap_over_a_sharded_feature():
 
 @pytest.mark.parametrize("jit", (True, False), ids=("jit", "eager"))
 def test_order_of_segments(jit):
-    """Wrong here: the sums of lengths, or the sharding of the reversed lengths."""
+    """Fails if the sums of lengths, or the sharding of the reversed lengths, are
+    wrong."""
     f = jax.jit(reverse_segment_order) if jit else reverse_segment_order
     want = _reference.reverse_order(
         integers(SHAPE), SEGMENTS[1], axis=1, batch_axes=(0,)
@@ -168,7 +169,7 @@ def test_order_of_segments(jit):
 
 
 def test_other_operands():
-    """Wrong here: host lengths, offsets or a bare bind on a sharded array."""
+    """Fails if host lengths, offsets or a bare bind cannot take a sharded array."""
     x, case = put(MESH, integers(SHAPE), "a", None, "b"), CASES[1]
     lengths = SEGMENTS[1]
     offsets = np.concatenate([0 * lengths[:, :1], lengths.cumsum(-1)], -1)
@@ -209,7 +210,7 @@ def test_other_operands():
     ),
 )
 def test_errors(x_spec, rows, message, jit):
-    """Wrong here: data replicated in silence, or an error that names no remedy."""
+    """Fails on data replicated in silence, or an error that names no remedy."""
     x = put(MESH, jnp.zeros((8, 8, 4)), *x_spec)
     lengths = put(MESH, np.zeros((8, 4)[: len(rows)], int), *rows)
     f = reverse_sequence if len(rows) == 1 else reverse_segments
@@ -219,7 +220,8 @@ def test_errors(x_spec, rows, message, jit):
 
 @pytest.mark.parametrize("placed", (True, False))
 def test_two_batch_axes(placed):
-    """Wrong here: only the first axis of lengths counts, or an x of no mesh as well."""
+    """Fails if only the first axis of lengths counts, or an x without a mesh is
+    refused."""
     x = integers((8, 8, 4))
     lengths = np.arange(64).reshape(8, 8) % 5
     want = _reference.reverse(x, lengths, axis=2, batch_axes=(0, 1), layout="padded")
@@ -230,7 +232,7 @@ def test_two_batch_axes(placed):
 
 
 def test_partial_sums():
-    """Wrong here: `unreduced` dropped from the type, so that a sum is never made."""
+    """Fails on `unreduced` dropped from the type, so that a sum is never made."""
     rows = put(MESH, integers((8, 4)), "a", "b")
     steps = put(MESH, integers((4, 6), 1), "b", None)
 

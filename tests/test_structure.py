@@ -66,7 +66,8 @@ def large_equations(f, x, segments):
 
 @by_name("case", LARGE)
 def test_one_equation(case):
-    """A transformation adds an operation on all of x: a move, a copy or a gather."""
+    """Fails if a transformation adds an operation on all of x: a move, a copy or a
+    gather."""
     for name, transform in TRANSFORMS.items():
         x, segments = jnp.asarray(case.x()), jnp.asarray(case.segments())
         if name == "vmap":
@@ -80,7 +81,7 @@ def test_one_equation(case):
 
 
 def test_one_equation_each():
-    """The order of segments takes more than the two reversals that it is."""
+    """Fails if the order of segments takes more than the two reversals that it is."""
     case = LARGE[1]
     found = large_equations(
         lambda x, s: reverse_segment_order(x, s)[0],
@@ -91,7 +92,7 @@ def test_one_equation_each():
 
 
 def test_vmap_over_lengths_broadcasts():
-    """Mapping the lengths alone does more than to broadcast x."""
+    """Fails if mapping the lengths alone does more than to broadcast x."""
     x, lengths = jnp.zeros((8, 64)), jnp.zeros(4, jnp.int32)
     run = jax.vmap(reverse_sequence, (None, 0))
     found = large_equations(run, x, lengths)
@@ -103,7 +104,7 @@ def test_vmap_over_lengths_broadcasts():
 
 @by_name("case", LARGE)
 def test_keeps_the_segments_alone(case):
-    """The backward pass keeps x, or an index as long as x, alive."""
+    """Fails if the backward pass keeps x, or an index as long as x, alive."""
     segments = jnp.asarray(case.segments())
     kept = jax.eval_shape(
         lambda x: jax.vjp(lambda x: case.call(x, segments), x)[1], case.x()
@@ -115,7 +116,8 @@ def test_keeps_the_segments_alone(case):
 
 @by_name("case", LARGE)
 def test_compiled_backward_pass(case):
-    """The gradient adds up, by a scatter, what a gather read, or needs memory."""
+    """Fails if the gradient adds up, by a scatter, what a gather read, or needs
+    memory."""
     x, segments = jnp.asarray(case.x()), jnp.asarray(case.segments())
     compiled = jax.jit(pullback(case.call)).lower(x, segments).compile()
     # What finds the segments may scatter a few words: none of the size of x.
@@ -137,7 +139,8 @@ def lowered(x, platform):
 
 
 def test_windows():
-    """Single elements are read one by one, or rows that a gather copies as they are."""
+    """Fails if single elements are read one by one, or rows that a gather copies as
+    they are."""
     single, rows = ((4, 64, 1), jnp.float32), ((4, 64, 2), jnp.float32)
     for x, platform, windows in (
         (single, "cpu", True),
@@ -156,7 +159,8 @@ def test_windows():
 
 
 def test_small_floats_move_as_integers():
-    """A platform that computes them in a wider format changes the payload of NaNs."""
+    """Fails if small floats move as floats: a wider format changes the payload of
+    NaNs."""
     for dtype in (jnp.float16, jnp.bfloat16, jnp.float8_e5m2):
         for x in (((4, 8, 2), dtype), ((4, 8, 1), dtype)):
             moved = r'"stablehlo.gather".* -> tensor<[\dx]*x(\w+)>'
@@ -166,7 +170,7 @@ def test_small_floats_move_as_integers():
 
 @by_name("case", LARGE[1:3])
 def test_index_memory(case):
-    """What finds the segments takes more memory than a few indices."""
+    """Fails if what finds the segments takes more memory than a few indices."""
     x, segments = jnp.asarray(case.x()), jnp.asarray(case.segments())
     memory = jax.jit(case.call).lower(x, segments).compile().memory_analysis()
     index = 4 * math.prod(x.shape[:2])
@@ -175,7 +179,7 @@ def test_index_memory(case):
 
 @by_name("case", SMALL)
 def test_traces_once(case):
-    """Other values of the segments compile everything again."""
+    """Fails if other values of the segments compile everything again."""
     x, segments = jnp.asarray(case.x()), jnp.asarray(case.segments())
     chex.clear_trace_counter()
     run = jax.jit(chex.assert_max_traces(lambda x, s: case.call(x, s), n=1))
@@ -184,7 +188,8 @@ def test_traces_once(case):
 
 
 def test_eager_calls_compile_once(caplog):
-    """An eager call compiles again for other lengths, as if they were constants."""
+    """Fails if an eager call compiles again for other lengths, as if they were
+    constants."""
 
     def compiled(lengths):
         caplog.clear()
@@ -199,7 +204,7 @@ def test_eager_calls_compile_once(caplog):
 
 
 def test_one_function_for_many_calls():
-    """Forty calls become forty copies of the lowering."""
+    """Fails if forty calls become forty copies of the lowering."""
 
     def f(x, lengths):
         for _ in range(40):
@@ -223,7 +228,7 @@ print(sorted(added - set(sys.stdlib_module_names)))
 
 
 def test_needs_jax_alone():
-    """The package imports something that is not installed with jax."""
+    """Fails if the package imports something that is not installed with jax."""
     run = subprocess.run(
         [sys.executable, "-c", IMPORTS], capture_output=True, text=True, check=True
     )
@@ -231,7 +236,7 @@ def test_needs_jax_alone():
 
 
 def test_public_names():
-    """A name is public and not in __all__, or the other way around."""
+    """Fails if a name is public and not in __all__, or the other way around."""
     import jax_revseg
 
     public = {name for name in vars(jax_revseg) if not name.startswith("_")}

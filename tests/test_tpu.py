@@ -104,7 +104,8 @@ def kernels(monkeypatch):
 
 @pytest.mark.parametrize("group", (WIDE_KINDS, WIDE_AXES, WIDE_LENGTHS))
 def test_kernel_on_the_table(kernels, group):
-    """A value in the wrong place, for a kind of lengths, an order of axes, a dtype."""
+    """Fails on a value in the wrong place, for a kind of lengths, an order of axes, a
+    dtype."""
     xs, segments = [case.x() for case in group], [case.segments() for case in group]
     outs = jax.jit(
         lambda xs, segments: [
@@ -123,7 +124,8 @@ WATCHED = [c for c in SIZES if c.dtype == "float32" and c.size != 600]
 
 @by_name("case", [c for c in SIZES if c not in WATCHED])
 def test_kernel_at_the_edges_of_blocks(kernels, case):
-    """A block reads or writes past its end, or values that share a word get mixed."""
+    """Fails if a block reads or writes past its end, or values that share a word get
+    mixed."""
     x, segments = case.x(), case.segments()
     out = jax.jit(partial(case.call, implementation="pallas"))(x, segments)
     assert kernels
@@ -132,7 +134,8 @@ def test_kernel_at_the_edges_of_blocks(kernels, case):
 
 @by_name("case", WATCHED)
 def test_kernel_reads_only_what_it_has(case):
-    """Reads past a buffer, or of memory that nobody wrote, reach the result."""
+    """Fails if reads past a buffer, or of memory that nobody wrote, reach the
+    result."""
     x, segments = case.x(), case.segments()
     layout = Layout(case.layout, case.axis, case.batch_axes, case.padding_id)
     out = _kernel_tpu.reverse(
@@ -147,7 +150,8 @@ def test_kernel_reads_only_what_it_has(case):
 
 
 def test_kernel_under_transformations(kernels):
-    """A rule forgets `implementation`, or the kernel cannot take the axes it makes."""
+    """Fails if a rule forgets `implementation`, or the kernel cannot take the axes it
+    makes."""
     rng = np.random.default_rng(0)
     x, ct = rng.integers(-9, 9, (2, 3, 4, 20, 128)).astype(np.float32)
     lengths = np.array([[0, 20, 7, 13], [1, 2, 19, 20], [5, 5, 6, 20]])
@@ -182,7 +186,7 @@ def test_kernel_under_transformations(kernels):
 
 
 def test_kernel_under_shard_map(kernels):
-    """Devices do not run the kernel on their own blocks."""
+    """Fails if devices do not run the kernel on their own blocks."""
     mesh = Mesh(np.array(jax.devices()[:2]), ("rows",))
     x = np.arange(4 * 16 * 128, dtype=np.float32).reshape(4, 16, 128)
     lengths = np.array([0, 16, 3, 9])
@@ -252,7 +256,7 @@ assert "jax_revseg._kernel_tpu" not in sys.modules
 
 
 def test_unknown_implementation():
-    """A misspelt name is taken for the default."""
+    """Fails if a misspelt name is taken for the default."""
     wrong: Any = "palas"
     call = partial(reverse_sequence, implementation=wrong)
     for run in (call, jax.jit(call)):
@@ -262,7 +266,7 @@ def test_unknown_implementation():
 
 @pytest.mark.skipif(jax.default_backend() != "tpu", reason="there is no TPU here")
 def test_on_a_tpu():
-    """The kernel, compiled and run, differs from the reference."""
+    """Fails if the kernel, compiled and run, differs from the reference."""
     for case in (*SIZES, *WIDE_KINDS, *WIDE_AXES):
         x, segments = case.x(), case.segments()
         out = jax.jit(partial(case.call, implementation="pallas"))(x, segments)
@@ -280,7 +284,8 @@ def compiled_cases() -> list[Case]:
 @pytest.mark.parametrize("implementation", ("xla", "pallas"))
 @pytest.mark.parametrize("generation", tpu_aot.GENERATIONS)
 def test_compiles(generation, implementation, case):
-    """The compiler refuses a program, or gives it temporaries or collectives."""
+    """Fails if the compiler refuses a program, or gives it temporaries or
+    collectives."""
     how = generation, case, implementation
     found = tpu_aot.measure(tpu_aot.lower_for(*how), case)
     assert found["kernels"] == (implementation == "pallas")
@@ -298,7 +303,7 @@ def test_compiles(generation, implementation, case):
 @needs_compiler
 @pytest.mark.parametrize("generation", tpu_aot.GENERATIONS)
 def test_collectives_are_seen(generation):
-    """A program that exchanges data is taken for one that does not."""
+    """Fails if a program that exchanges data is taken for one that does not."""
     mesh = Mesh(np.array(tpu_aot.devices(generation)), ("chips",))
     x = jax.ShapeDtypeStruct(
         (64, 128), jnp.float32, sharding=jax.NamedSharding(mesh, P("chips"))
@@ -307,6 +312,6 @@ def test_collectives_are_seen(generation):
 
 
 def test_page_shows_the_committed_results():
-    """The table of docs/tpu.md is not what the compilers said."""
+    """Fails if the table of docs/tpu.md is not what the compilers said."""
     page = tpu_aot.PAGE.read_text()
     assert tpu_aot.render(page, json.loads(tpu_aot.RESULTS.read_text())) == page

@@ -109,7 +109,7 @@ WRAPPERS = {
 
 @pytest.mark.parametrize("wrapper", WRAPPERS.values(), ids=WRAPPERS)
 def test_values_and_gradients(wrapper):
-    """Wrong here: a rule that is missing, or that reverses by other segments."""
+    """Fails on a rule that is missing, or that reverses by other segments."""
 
     def run(xs, segments, cts):
         outs = []
@@ -135,7 +135,7 @@ def while_three_times(xs, segments):
 
 
 def test_while_loop():
-    """Wrong here: the tangent. (A loop of unknown length has no reverse mode.)"""
+    """Fails if the tangent is wrong. A loop of unknown length has no reverse mode."""
     outs, tangents = jax.jvp(lambda xs: while_three_times(xs, SEGMENTS), (XS,), (CTS,))
     for case, x, s, ct, y, dy in zip(
         SMALL, XS, SEGMENTS, CTS, outs, tangents, strict=True
@@ -145,7 +145,7 @@ def test_while_loop():
 
 
 def test_while_loop_on_segments():
-    """Wrong here: lengths kept from an earlier turn of the loop."""
+    """Fails on lengths kept from an earlier turn of the loop."""
     x = np.arange(12.0, dtype=np.float32).reshape(2, 6)
 
     @jax.jit
@@ -178,7 +178,7 @@ CONTEXTS = {
 @pytest.mark.parametrize("jit", (False, True), ids=("eager", "jit"))
 @pytest.mark.parametrize("context", CONTEXTS.values(), ids=CONTEXTS)
 def test_under_a_setting(context, jit):
-    """Wrong here: endless recursion, a leaked tracer, a dtype that hangs on x64."""
+    """Fails on endless recursion, a leaked tracer, a dtype that hangs on x64."""
     x = np.arange(56, dtype=np.float32).reshape(4, 7, 2)  # No NaN that we planted.
 
     def run(x, segments):

@@ -28,7 +28,7 @@ def test_program_runs():
 
 @pytest.mark.parametrize("wrong", [None, 'reverse_sequence(x, "lengths", axes=0)\n'])
 def test_strict(tmp_path, wrong):
-    """A complaint is an error that every strict user would get; so is none at all."""
+    """Fails if a strict user gets an error, or if pyright overlooks a wrong call."""
     program = tmp_path / PROGRAM.name
     program.write_text("# pyright: strict\n" + PROGRAM.read_text() + (wrong or ""))
     done = pyright(program)

@@ -33,7 +33,7 @@ by_name = functools.partial(pytest.mark.parametrize, ids=lambda case: case.name)
 
 @pytest.mark.parametrize("group", (KINDS, AXES, TYPES, LENGTHS_TYPES))
 def test_jitted(group):
-    """Wrong under jit: a value moved to the wrong place, or its bits changed."""
+    """Fails if jit moves a value to the wrong place, or changes its bits."""
     # One program for all, since compiling is what takes the time.
     with enable_x64():
         xs = [case.x() for case in group]
@@ -49,7 +49,7 @@ def test_jitted(group):
 
 @by_name("case", KINDS)
 def test_eager(case):
-    """Wrong when called at once, which takes a way of its own through the code."""
+    """Fails if an eager call, which has a way of its own through the code, differs."""
     x, segments = case.x(), case.segments()
     out = case.call(x, jnp.asarray(segments))
     assert_same_bits(out, case.expected(x, segments))
@@ -60,7 +60,8 @@ def test_eager(case):
 
 @by_name("case", SMALL)
 def test_disable_jit(case):
-    """The primitive cannot run without jit, for instance because it calls itself."""
+    """Fails if the primitive cannot run without jit, for instance because it calls
+    itself."""
     x, segments = case.x(), case.segments()
     with jax.disable_jit():
         out = case.call(x, jnp.asarray(segments))
@@ -68,7 +69,8 @@ def test_disable_jit(case):
 
 
 def test_padding_value():
-    """Padding is not overwritten, something else is, or the bits of the rest change."""
+    """Fails if padding is not overwritten, something else is, or the bits of the rest
+    change."""
     rows = [case for case in AXES if len(case.batch_axes) == 2]
     group = [*KINDS, *rows, *TYPES]
     with enable_x64():
@@ -95,7 +97,8 @@ def test_padding_value():
 
 
 def test_padding_value_at_the_limits():
-    """The least and the greatest value of a dtype are taken for values past it."""
+    """Fails if the least and the greatest value of a dtype are taken for values past
+    it."""
     for dtype in ("int8", "uint8", "int32", "uint32", "float32", "bool"):
         kind = np.dtype(dtype)
         info = np.finfo if kind.kind == "f" else np.iinfo
@@ -109,7 +112,7 @@ def test_padding_value_at_the_limits():
 
 
 def test_keys():
-    """The hidden axis of a key array is taken for one of its axes."""
+    """Fails if the hidden axis of a key array is taken for one of its axes."""
     keys = jax.random.split(jax.random.key(0), (3, 5))
     lengths = np.array([0, 3, 5])
     expected = np.asarray(jax.random.key_data(keys)).copy()
@@ -124,7 +127,7 @@ def test_keys():
 
 
 def test_wrapped_arrays():
-    """What says how to become a JAX array, as Flax's parameters do, is refused."""
+    """Fails if an object with `__jax_array__`, such as a Flax parameter, is refused."""
 
     class Wrapped:
         def __init__(self, value):
@@ -139,7 +142,7 @@ def test_wrapped_arrays():
 
 
 def test_default_axes():
-    """The axes that are left out are not the documented ones."""
+    """Fails if the axes that are left out are not the documented ones."""
     rng = np.random.default_rng(0)
     x = rng.integers(0, 100, (3, 4, 5), np.int32)
 
@@ -184,7 +187,7 @@ def test_default_axes():
 
 @pytest.mark.parametrize("dtype", ("int4", "uint4", "int8", "uint64", "int64"))
 def test_host_lengths_of_any_dtype(dtype):
-    """Lengths from the host that their own dtype cannot compare or add up."""
+    """Fails if host lengths are compared or added up in their own narrow dtype."""
     x = np.arange(200, dtype=np.int32)
     lengths = np.array([7, 0, 5], dtype)
     expected = np.r_[x[6::-1], x[11:6:-1], x[12:]]
@@ -200,7 +203,7 @@ def test_host_lengths_of_any_dtype(dtype):
 
 
 def test_ids_from_the_host_past_32_bits():
-    """Ids that differ only in bits that a device drops become one segment."""
+    """Fails if ids that differ only in bits that a device drops become one segment."""
     x = np.arange(5, dtype=np.int32)
     ids = np.array([1, 1, 1 + 2**32, 1 + 2**32, -(2**40)])
     assert_same_bits(reverse_segments(x, segment_ids=ids), x[[1, 0, 3, 2, 4]])
@@ -209,7 +212,7 @@ def test_ids_from_the_host_past_32_bits():
 
 
 def test_padding_id_at_the_limits():
-    """The least and the greatest id of a dtype are taken for ids past it."""
+    """Fails if the least and the greatest id of a dtype are taken for ids past it."""
     x = np.arange(4, dtype=np.int32)
     for dtype in ("int8", "uint8", "int32", "uint32"):
         for value in (np.iinfo(dtype).min, np.iinfo(dtype).max):
@@ -220,7 +223,8 @@ def test_padding_id_at_the_limits():
 
 
 def test_sums_that_wrap():
-    """A running sum of lengths that wraps around 2**32 opens segments again."""
+    """Fails if a running sum of lengths that wraps around 2**32 opens segments
+    again."""
     most = np.iinfo(np.int32).max
     few = [[2, most, most, 2, 2], [-most, 6, 1, -1, most], [most] * 5]
     n = 2**16  # So many segments of so many steps are 2**32, which wraps to 0.
@@ -235,7 +239,7 @@ def test_sums_that_wrap():
 
 
 def test_no_segments():
-    """K = 0 has no last segment to look at."""
+    """Fails if K = 0 needs a last segment."""
     x = np.arange(6, dtype=np.int32).reshape(2, 3)
     empty = np.zeros((2, 0), np.int32)
     for given in (empty, jnp.asarray(empty), [[], []]):
@@ -250,7 +254,7 @@ def test_no_segments():
 
 
 def test_axis_longer_than_an_int32():
-    """Positions past 2**31 do not fit the index: the arithmetic must be wider."""
+    """Fails if positions past 2**31 wrap in the dtype of the index."""
     for size, kind, positions in (
         (2**31 - 1, "padded", "i32"),  # No window, which would need more positions.
         (2**31, "padded", "ui32"),
@@ -267,14 +271,15 @@ def test_axis_longer_than_an_int32():
 
 
 def test_table():
-    """Two cases of one name would share their data, or a dtype be left out."""
+    """Fails if two cases share a name, hence their data, or a dtype is left out."""
     names = [case.name for case in (*CASES, *BENCHMARKS)]
     assert len(set(names)) == len(names)
     assert {case.dtype for case in CASES} == set(DTYPES)
 
 
 def test_segment_order():
-    """Segments in the wrong order, their content touched, or lengths not returned."""
+    """Fails on segments in the wrong order, changed content, or lengths not
+    returned."""
     rng = np.random.default_rng(0)
     x = rng.standard_normal((3, 2, 9, 2)).astype(np.float32)
     reverse = jax.jit(reverse_segment_order, static_argnames=("axis", "batch_axis"))

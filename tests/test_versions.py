@@ -26,7 +26,7 @@ def names(path):
 
 
 def test_one_file_knows_the_versions():
-    """A private import, or a branch on the version, is where nobody looks for it."""
+    """Fails on a private import, or a branch on the version, outside _compat.py."""
     for path in (ROOT / "jax_revseg").glob("*.py"):
         if path.name != "_compat.py":
             for name in names(path):
@@ -37,7 +37,7 @@ def test_one_file_knows_the_versions():
 
 
 def test_every_branch_says_when_it_goes():
-    """A branch of _compat.py outlives the last version that needs it."""
+    """Fails if a branch of _compat.py outlives the last version that needs it."""
     lines = (ROOT / "jax_revseg" / "_compat.py").read_text().splitlines()
     branches = [
         i
@@ -51,7 +51,7 @@ def test_every_branch_says_when_it_goes():
 
 
 def test_every_place_names_the_same_oldest_version():
-    """The oldest version that is promised is not the one that is tested."""
+    """Fails if the oldest version that is promised is not the one that is tested."""
     read = lambda name: (ROOT / name).read_text()  # noqa: E731
     (oldest,) = set(re.findall(r"jax(?:\[\w+\])?>=([\d.]+)", read("pyproject.toml")))
     assert re.search(rf"^VERSIONS := {re.escape(oldest)} ", read("Makefile"), re.M)
@@ -61,14 +61,15 @@ def test_every_place_names_the_same_oldest_version():
 
 
 def test_this_jax_is_supported():
-    """The tests run on a JAX that the package does not promise."""
+    """Fails if the tests run on a JAX that the package does not promise."""
     assert jax.__version_info__[:3] >= (0, 7, 2)
     assert _compat.JAX_VERSION[:2] == tuple(map(int, jax.__version__.split(".")[:2]))
 
 
 @pytest.mark.skipif(not (ROOT / ".ci").exists(), reason="not a checkout")
 def test_missing_python_does_not_pass_for_run(tmp_path):
-    """A version that no Python here can run is reported as if it had passed."""
+    """Fails if a version that no Python here can run is reported as if it had
+    passed."""
     run = subprocess.run(
         [ROOT / ".ci" / "find-python", "3.99"],
         capture_output=True,

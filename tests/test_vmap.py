@@ -91,7 +91,8 @@ def base_cases(layout):
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_every_axis(layout):
-    """An axis of an operand or of the result is another one than was asked for."""
+    """Fails if an axis of an operand or of the result is another one than was asked
+    for."""
     combinations = []
     for case in base_cases(layout):
         x_dims = (None, *range(len(case.shape) + 1))
@@ -115,7 +116,7 @@ def test_every_axis(layout):
 
 
 def test_three_levels():
-    """A rule that is right once is wrong on what it itself returned."""
+    """Fails if a rule that is right once is wrong on what it itself returned."""
     rng = np.random.default_rng(0)
     combinations = []
     both, only_x, only_segments = (True, True), (True, False), (False, True)
@@ -138,7 +139,8 @@ def test_three_levels():
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_gradients(layout):
-    """What is not mapped gets a gradient that is not summed over the mapped axis."""
+    """Fails if the gradient of an operand that is not mapped is not summed over the
+    axis."""
     case = base_cases(layout)[1]
     rng = np.random.default_rng(0)
     levels = {"both": (1, -1), "lengths": (None, 0), "x": (2, None)}
