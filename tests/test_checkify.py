@@ -13,11 +13,13 @@ from jax.experimental import checkify
 from jax.sharding import PartitionSpec as P
 
 from jax_revseg import (
+    associative_scan_segments,
     bidirectional_scan,
     pack_segments,
     reverse_segment_order,
     reverse_segments,
     reverse_sequence,
+    scan_segments,
     unpack_segments,
 )
 from tests.cases import assert_same_bits
@@ -30,12 +32,14 @@ def by_offsets(x, offsets):
     return reverse_segments(x, cu_seqlens=offsets)
 
 
-def both_ways(x, lengths):
-    def step(scale, carry, x):
-        return carry + scale * x, carry
+def step(carry, x):
+    return carry + x, carry
 
+
+def both_ways(x, lengths):
     inits = jnp.zeros(4), jnp.zeros(4)
-    return bidirectional_scan(step, (1.0, 2.0), inits, x, lengths)[1][1]
+    f = lambda scale, carry, x: step(carry, scale * x)  # noqa: E731
+    return bidirectional_scan(f, (1.0, 2.0), inits, x, lengths)[1][1]
 
 
 # A public function, bad values, the same made good, and what the message must say.
@@ -77,7 +81,13 @@ BAD = {
         [[1, 7], [8, 0], [4, 4], [0, 0]],
         r"lengths\[2, 1\] is 5.* sum to more than 8",
     ),
-    "scan": (both_ways, [3, 8, 9, 7], [3, 8, 8, 7], r"lengths\[2\] is 9.* 0 and 8"),
+} | {
+    name: (f, [3, 8, 9, 7], [3, 8, 8, 7], r"lengths\[2\] is 9.* 0 and 8")
+    for name, f in {
+        "bidirectional scan": both_ways,
+        "scan": lambda x, n: scan_segments(step, jnp.zeros(4), x, n)[1],
+        "associative scan": lambda x, n: associative_scan_segments(jnp.add, x, n),
+    }.items()
 }
 each_bad = pytest.mark.parametrize("bad", BAD.values(), ids=BAD)
 
@@ -86,8 +96,15 @@ def error_of(f, *args):
     return checkify.checkify(f)(*args)[0].get()
 
 
-@each_bad
-@pytest.mark.parametrize("jit", (True, False), ids=("jit", "eager"))
+# Operations of a scan outside of jit are compiled one by one: one scan is enough.
+EAGERLY = [name for name in BAD if name not in ("scan", "associative scan")]
+
+
+@pytest.mark.parametrize(
+    "bad, jit",
+    [(bad, True) for bad in BAD.values()] + [(BAD[name], False) for name in EAGERLY],
+    ids=[f"{name}-jit" for name in BAD] + [f"{name}-eager" for name in EAGERLY],
+)
 def test_reports_row_and_value(bad, jit):
     """Fails on silence, another row, or an error for what is valid."""
     f, wrong, right, message = bad
