@@ -102,6 +102,7 @@ def kernels(monkeypatch):
     register(partial(_primitive._reverse_segments_lowering, windows=True))
 
 
+@pytest.mark.kernel
 @pytest.mark.parametrize("group", (WIDE_KINDS, WIDE_AXES, WIDE_LENGTHS))
 def test_kernel_on_the_table(kernels, group):
     """Fails on a value in the wrong place, for a kind of lengths, an order of axes, a
@@ -122,6 +123,7 @@ def test_kernel_on_the_table(kernels, group):
 WATCHED = [c for c in SIZES if c.dtype == "float32" and c.size != 600]
 
 
+@pytest.mark.kernel
 @by_name("case", [c for c in SIZES if c not in WATCHED])
 def test_kernel_at_the_edges_of_blocks(kernels, case):
     """Fails if a block reads or writes past its end, or values that share a word get
@@ -132,6 +134,7 @@ def test_kernel_at_the_edges_of_blocks(kernels, case):
     assert_same_bits(out, case.expected(x, segments))
 
 
+@pytest.mark.kernel
 @by_name("case", WATCHED)
 def test_kernel_reads_only_what_it_has(case):
     """Fails if reads past a buffer, or of memory that nobody wrote, reach the
@@ -149,6 +152,7 @@ def test_kernel_reads_only_what_it_has(case):
     assert_same_bits(out, case.expected(x, segments))
 
 
+@pytest.mark.kernel
 def test_kernel_under_transformations(kernels):
     """Fails if a rule forgets `implementation`, or the kernel cannot take the axes it
     makes."""
@@ -185,6 +189,7 @@ def test_kernel_under_transformations(kernels):
     assert str(jax.make_jaxpr(order)(x[:, 0], lengths)).count("=pallas") == 2
 
 
+@pytest.mark.kernel
 def test_kernel_under_shard_map(kernels):
     """Fails if devices do not run the kernel on their own blocks."""
     mesh = Mesh(np.array(jax.devices()[:2]), ("rows",))
