@@ -427,7 +427,7 @@ def test_under_debugging_settings():
     """Fails if a NaN in the padding counts as one of the program, or a tracer leaks."""
     w, init, xs = make(np.nan, **ENCODINGS["lengths"])
     run = partial(scan_segments, partial(gru, w), init, lengths=LENGTHS)
-    expected = run(xs)
+    expected = jax.jit(run)(xs)
     clean = jax.tree.map(jnp.asarray, make(1.0, **ENCODINGS["lengths"])[2])
     with jax.debug_nans(True):
         close(jax.jit(run)(clean), expected)

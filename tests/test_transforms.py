@@ -180,18 +180,22 @@ CONTEXTS = {
 def test_under_a_setting(context, jit):
     """Fails on endless recursion, a leaked tracer, a dtype that hangs on x64."""
     x = np.arange(56, dtype=np.float32).reshape(4, 7, 2)  # No NaN that we planted.
+    # Eagerly each operation is compiled alone, so two encodings are enough.
+    chosen = range(len(SMALL)) if jit else (0, 2)
+    cases = [SMALL[i] for i in chosen]
 
     def run(x, segments):
         outs = []
-        for case, s in zip(SMALL, segments, strict=True):
+        for case, s in zip(cases, segments, strict=True):
             y, vjp = jax.vjp(lambda x: case.call(x, s), x)  # noqa: B023
             outs.append((y, *vjp(y), case.call(x, s, padding_value=7.0)))
         return outs
 
     with context():
-        segments = [jnp.asarray(s) for s in SEGMENTS]
+        segments = [jnp.asarray(SEGMENTS[i]) for i in chosen]
         outs = (jax.jit(run) if jit else run)(x, segments)
-    for case, s, (y, x_bar, filled) in zip(SMALL, SEGMENTS, outs, strict=True):
+    for case, s, (y, x_bar, filled) in zip(cases, segments, outs, strict=True):
+        s = np.asarray(s)
         assert_same_bits(y, case.expected(x, s), case.name)
         assert_same_bits(x_bar, x, case.name)
         assert_same_bits(filled, case.expected(x, s, 7.0), case.name)
