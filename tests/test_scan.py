@@ -500,6 +500,8 @@ MODES = {  # The operands that are sharded.
 @pytest.mark.parametrize("mode", MODES)
 def test_sharded_batch(mode):
     """Fails if a gradient of replicated parameters is not summed over the devices."""
+    if "explicit" in mode and jax.__version_info__ < (0, 8):
+        pytest.skip("JAX 0.7 cannot differentiate x @ w where rows of x are sharded")
     names = ("lengths", "ids and padding", "mask")
     names = names if len(MODES[mode]) > 1 else names[-1:]
     sharded, loss = list(sharded_case(*names)), sharded_loss
