@@ -11,6 +11,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.tree_util import keystr, register_pytree_with_keys_class
 
 from jax_revseg._api import reverse_rows
@@ -160,7 +161,7 @@ class Bidirectional:
         sizes = tuple(first.shape[a] for a in axes)
 
         def output(name: str, path: Any, y: Any) -> jax.Array:
-            shape = jax.numpy.shape(y)
+            shape = np.shape(y)
             if len(shape) <= max(axes) or tuple(shape[a] for a in axes) != sizes:
                 call.fail(
                     f"{name} returned output{keystr(path)} of shape {shape}, but every "

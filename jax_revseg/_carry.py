@@ -7,6 +7,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 from jax.tree_util import keystr, tree_leaves_with_path, tree_map_with_path
 
@@ -40,9 +41,9 @@ def leaf_array(call: Call, name: str, value: Any) -> jax.Array:
 
 def check_batch(call: Call, name: str, array: Any, batch: tuple[int, ...]) -> None:
     """Raises if an array does not start with the batch axes."""
-    if jnp.shape(array)[: len(batch)] != batch:
+    if np.shape(array)[: len(batch)] != batch:
         call.fail(
-            f"{name} has shape {jnp.shape(array)}, but its first axes must be the "
+            f"{name} has shape {np.shape(array)}, but its first axes must be the "
             f"batch axes {batch}, one entry for each row; use jax.numpy.broadcast_to "
             "if all rows are equal."
         )

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jax.tree_util import keystr, tree_map_with_path
 
@@ -151,7 +152,7 @@ def combine(call: Call, fn: Any, a: Any, b: Any) -> Any:
     # fn gets b twice where a belongs to another segment: an infinity in a would
     # otherwise give NaN gradients, although the result is discarded.
     out = fn(select(starts_b, b, a), b)
-    describe = partial(jax.tree.map, lambda x: f"{jnp.result_type(x)}{jnp.shape(x)}")
+    describe = partial(jax.tree.map, lambda x: f"{jnp.result_type(x)}{np.shape(x)}")
     if jax.tree.flatten(describe(out)) != jax.tree.flatten(describe(b)):
         call.fail(
             f"fn was given {describe(b)}, but returned {describe(out)}; it must return "

@@ -1,0 +1,245 @@
+"""Exported models, in ONNX Runtime, beside the functions that they come from."""
+
+import sys
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jax_revseg import (
+    bidirectional,
+    bidirectional_scan,
+    pack_segments,
+    reverse_segments,
+    reverse_sequence,
+    scan_segments,
+    unpack_segments,
+)
+
+pytestmark = [
+    pytest.mark.peers,
+    pytest.mark.filterwarnings("ignore::DeprecationWarning"),
+]
+X = np.arange(2 * 5 * 3, dtype=np.float32).reshape(2, 5, 3)
+# Several lengths through one model; the last ones are clipped.
+LENGTHS = np.array([[3, 5], [0, 1], [4, 2], [-1, 7], [-(2**31), 2**31 - 1]], np.int32)
+
+
+def export(f, *examples):
+    """Returns the operators of the exported graph, and a function that runs it."""
+    jax2onnx = pytest.importorskip("jax2onnx")
+    onnxruntime = pytest.importorskip("onnxruntime")
+    import jax_revseg.onnx  # noqa: F401
+
+    specs = [jax.ShapeDtypeStruct(e.shape, e.dtype) for e in examples]
+    model = jax2onnx.to_onnx(f, specs)
+    jax.clear_caches()  # jax2onnx leaves its own primitives in the caches of jit.
+    session = onnxruntime.InferenceSession(model.SerializeToString())
+    names = [i.name for i in session.get_inputs()]
+
+    def run(*inputs):
+        return session.run(None, dict(zip(names, inputs, strict=True)))
+
+    return [node.op_type for node in model.graph.node], run
+
+
+def check(f, *inputs, others=(), exact=True):
+    """Compares f with its exported model; returns the operators of the graph."""
+    operators, run = export(f, *inputs)
+    for arrays in [inputs, *others]:
+        ours = jax.tree.leaves(f(*map(jnp.asarray, arrays)))
+        for a, b in zip(ours, run(*arrays), strict=True):
+            a = np.asarray(a)
+            assert (a.dtype, a.shape) == (b.dtype, b.shape)
+            if exact:
+                assert a.tobytes() == b.tobytes()
+            else:
+                np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)
+    return operators
+
+
+@pytest.mark.parametrize("dtype", ["f4", "i4", "i1", "u1", "f2", "?"])
+def test_one_length_a_row_is_one_node(dtype):
+    """A gather in place of the node, or lengths that ONNX Runtime refuses."""
+    x = X.astype(dtype)
+    others = [(x, lengths) for lengths in LENGTHS]
+    operators = check(reverse_sequence, x, LENGTHS[0], others=others)
+    assert operators.count("ReverseSequence") == 1
+    assert not {"Transpose", "GatherND", "Gather", "Loop"} & {*operators}
+
+
+@pytest.mark.parametrize(
+    ("shape", "axis", "batch_axis"),
+    [
+        ((5, 2, 3), 0, 1),
+        ((5, 2), 0, 1),
+        ((3, 2, 5), 2, 1),
+        ((2, 3, 5, 2), 2, (0, 1)),
+        ((5, 3, 2, 2), 0, (2, 1)),
+        ((5, 3), 0, ()),
+    ],
+)
+def test_axes(shape, axis, batch_axis):
+    """An axis order that the node does not have."""
+    x = np.arange(np.prod(shape), dtype=np.float32).reshape(shape)
+    batch = [shape[a] for a in np.atleast_1d(np.array(batch_axis, int))]
+    rng = np.random.default_rng(0)
+    lengths = [np.array(rng.integers(-1, 8, batch), np.int32) for _ in range(4)]
+
+    def f(x, n):
+        return reverse_sequence(x, n, axis=axis, batch_axis=batch_axis)
+
+    operators = check(f, x, lengths[0], others=[(x, n) for n in lengths])
+    assert operators.count("ReverseSequence") == 1
+
+
+@pytest.mark.parametrize("shape", [(0, 5, 3), (2, 0, 3), (2, 5, 0)])
+def test_empty(shape):
+    """ONNX Runtime refuses some empty arrays."""
+    x = np.zeros(shape, np.float32)
+    check(reverse_sequence, x, np.zeros(shape[0], np.int32))
+
+
+PACKED = np.array([[2, 0, 3], [5, 0, 0], [1, 1, 1], [-4, 3, 9], [0, 0, 0]], np.int32)
+IDS = np.array([[0, 0, 1, 1, 1], [1, 1, 0, 0, 1], [0, 1, 2, 3, 4], [2] * 5], np.int32)
+
+
+@pytest.mark.parametrize("batched", [False, True])
+def test_packed_lengths(batched):
+    """An index that is wrong beside empty segments, the tail, or in another row."""
+    pairs = [np.stack([a, b]) for a in PACKED for b in PACKED[:2]]
+    x, segments = (X, pairs) if batched else (X[0], list(PACKED))
+
+    def f(x, n):
+        return reverse_segments(x, n, axis=int(batched))
+
+    check(f, x, segments[0], others=[(x, s) for s in segments])
+
+
+@pytest.mark.parametrize("padding_id", [None, 0, 1])
+@pytest.mark.parametrize("batched", [False, True])
+def test_segment_ids(batched, padding_id):
+    """An id that comes again later, or padding that moves."""
+    pairs = [np.stack([a, b]) for a in IDS for b in IDS]
+    x, ids = (X, pairs) if batched else (X[0], list(IDS))
+
+    def f(x, ids):
+        return reverse_segments(x, segment_ids=ids, padding_id=padding_id)
+
+    check(f, x, ids[0], others=[(x, i) for i in ids])
+
+
+@pytest.mark.parametrize("max_length", [1, 3, 6])
+def test_packing(max_length):
+    """Rows that are cut off, lengths past the end, and a tail."""
+
+    def pack(x, n):
+        return pack_segments(x, n, max_length=max_length)
+
+    def unpack(x, n):
+        return unpack_segments(x, n, total_length=5)
+
+    check(pack, X[0], PACKED[0], others=[(X[0], n) for n in PACKED])
+    rows = np.arange(3 * max_length * 2, dtype=np.float32).reshape(3, max_length, 2)
+    check(unpack, rows, PACKED[0], others=[(rows, n) for n in PACKED])
+
+
+def rnn_step(params, carry, x):
+    carry = jnp.tanh(carry @ params + x)
+    return carry, carry
+
+
+W = np.linspace(-0.5, 0.5, 9, dtype=np.float32).reshape(3, 3)
+
+
+def test_bidirectional():
+    """A layer whose reversals are not one node each, or lengths frozen at export."""
+
+    def layer(w):
+        def run(x):
+            xs = jnp.swapaxes(x, 0, 1)
+            ys = jax.lax.scan(partial(rnn_step, w), jnp.zeros((2, 3)), xs)[1]
+            return jnp.swapaxes(ys, 0, 1)
+
+        return run
+
+    f = bidirectional(layer(W), layer(W.T))
+    others = [(X / 30, n) for n in LENGTHS]
+    operators = check(f, X / 30, LENGTHS[0], others=others, exact=False)
+    assert operators.count("ReverseSequence") == 2
+    assert operators.count("Loop") == 2
+
+
+def test_scan_segments():
+    """Padding that reaches the carry."""
+
+    def f(x, n):
+        init = jnp.zeros((2, 3))
+        return scan_segments(partial(rnn_step, W), init, x, n)
+
+    check(f, X / 30, LENGTHS[0], others=[(X / 30, n) for n in LENGTHS], exact=False)
+
+
+def test_bidirectional_scan():
+    """A loop that the exporter cannot write."""
+
+    def f(x, n):
+        zeros = jnp.zeros((2, 3))
+        params = (jnp.asarray(W), jnp.asarray(W.T))
+        return bidirectional_scan(rnn_step, params, (zeros, zeros), x, n)
+
+    check(f, X / 30, LENGTHS[0], others=[(X / 30, n) for n in LENGTHS], exact=False)
+
+
+def test_two_nnx_layers():
+    """A model of Flax NNX in which a reversal is not one node."""
+    nnx = pytest.importorskip("flax.nnx")
+    rngs, zeros = nnx.Rngs(0), jnp.zeros((2, 4))
+
+    def layer(features):
+        return [nnx.RNN(nnx.GRUCell(features, 4, rngs=rngs)) for _ in range(2)]
+
+    model = nnx.split(nnx.List([nnx.List(layer(3)), nnx.List(layer(8))]))
+
+    def f(x, n):
+        # New variables, because NNX refuses to scan with those made outside a trace.
+        graph, state = jax.tree.map(jnp.asarray, model)
+        for layers in nnx.merge(graph, state):
+            run = [partial(layer, initial_carry=zeros) for layer in layers]
+            x = bidirectional(*run)(x, n)
+        return x
+
+    others = [(X / 30, n) for n in LENGTHS]
+    operators = check(f, X / 30, LENGTHS[0], others=others, exact=False)
+    assert operators.count("ReverseSequence") == 4
+
+
+def test_dtype_without_a_node():
+    """ReverseSequence takes no bfloat16, and a gather does."""
+
+    def f(x, n):
+        return reverse_sequence(x.astype(jnp.bfloat16), n).astype(jnp.float32)
+
+    operators = check(f, X, LENGTHS[0], others=[(X, n) for n in LENGTHS])
+    assert "ReverseSequence" not in operators
+
+
+def test_symbolic_sizes():
+    """An error that does not name the shapes."""
+    jax2onnx = pytest.importorskip("jax2onnx")
+    import jax_revseg.onnx  # noqa: F401
+
+    f = lambda x: reverse_sequence(x, jnp.array([3, 5]))  # noqa: E731
+    with pytest.raises(NotImplementedError, match="needs shapes of integers"):
+        jax2onnx.to_onnx(f, [(2, "T", 3)])
+    jax.clear_caches()
+
+
+def test_without_jax2onnx(monkeypatch):
+    """An error that does not say what to install."""
+    monkeypatch.delitem(sys.modules, "jax_revseg.onnx", raising=False)
+    monkeypatch.setitem(sys.modules, "jax2onnx.plugins.plugin_system", None)
+    with pytest.raises(ImportError, match=r"needs jax2onnx .*\[onnx\]"):
+        import jax_revseg.onnx  # noqa: F401
