@@ -20,7 +20,14 @@ DOCS = ROOT / "docs"
 PAGES = [ROOT / "README.md", *sorted(DOCS.glob("*.md"))]
 TEXTS = sorted({*PAGES, *ROOT.glob("*.md")})
 PEERS = {
-    "migration.md": ("tensorflow", "onnx", "onnxruntime", "torch", "flax"),
+    "migration.md": (
+        "tensorflow",
+        "keras",
+        "onnxruntime",
+        "jax2onnx",
+        "torch",
+        "flax",
+    ),
     "rnn.md": ("flax", "equinox", "haiku", "torch", "tensorflow", "keras"),
 }
 FENCE = re.compile(r"^ *(?:```|:::)(\S*)", re.MULTILINE)

@@ -145,6 +145,15 @@ def test_packing(max_length):
     rows = np.arange(3 * max_length * 2, dtype=np.float32).reshape(3, max_length, 2)
     check(unpack, rows, PACKED[0], others=[(rows, n) for n in PACKED])
 
+    def gradient(ct, n):
+        return jax.linear_transpose(lambda x: pack(x, n), jnp.zeros((5, 2)))(ct)
+
+    check(gradient, rows, PACKED[0], others=[(rows, n) for n in PACKED])
+    pairs = [np.stack([a, b]) for a in PACKED for b in PACKED[:2]]
+    check(jax.vmap(pack), X, pairs[0], others=[(X, n) for n in pairs])
+    rows = np.stack([rows, -rows])
+    check(jax.vmap(unpack), rows, pairs[0], others=[(rows, n) for n in pairs])
+
 
 def rnn_step(params, carry, x):
     carry = jnp.tanh(carry @ params + x)
