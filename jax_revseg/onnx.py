@@ -25,6 +25,7 @@ from jax_revseg._primitive import reverse_segments_p
 
 # pyright: reportMissingImports=false
 try:
+    import onnx_ir as ir
     from jax2onnx.plugins.jax.lax._control_flow_utils import lower_jaxpr_eqns
     from jax2onnx.plugins.plugin_system import PrimitiveLeafPlugin, register_primitive
 except ImportError as error:
@@ -34,7 +35,6 @@ except ImportError as error:
     ) from error
 
 _NODE = "ONNX node"  # The implementation of an equation that is exactly one node.
-_INT64 = 7  # onnx.TensorProto.INT64
 
 
 def _inline(ctx: Any, eqn: Any, fun: Any) -> None:
@@ -126,7 +126,7 @@ class _ReverseSegments(PrimitiveLeafPlugin):
         x = ctx.get_value_for_var(x_var)
         lengths = ctx.builder.Cast(
             ctx.get_value_for_var(lengths_var),
-            to=_INT64,
+            to=ir.DataType.INT64,
             _outputs=[ctx.fresh_name("lengths")],
         )
         out = ctx.builder.ReverseSequence(
@@ -136,12 +136,13 @@ class _ReverseSegments(PrimitiveLeafPlugin):
             batch_axis=0,
             _outputs=[ctx.fresh_name("reversed")],
         )
+        lengths.type = ir.TensorType(ir.DataType.INT64)
         out.type, out.shape = x.type, x.shape
         ctx.bind_value_for_var(eqn.outvars[0], out)
 
 
 def _pack(x: jax.Array, lengths: jax.Array, *, size: int, unpack: bool, batch: int):
-    """Packs or unpacks by one gather, with zeros elsewhere."""
+    """Packs or unpacks by one gather."""
     total = size if unpack else x.shape[batch]
     out_shape = (size,) if unpack else (lengths.shape[-1], size)
     out_shape = (*x.shape[:batch], *out_shape, *x.shape[batch + 1 + unpack :])
@@ -161,10 +162,12 @@ def _pack(x: jax.Array, lengths: jax.Array, *, size: int, unpack: bool, batch: i
         t = lax.iota(jnp.int32, size)
         valid = t < (ends - starts)[..., None]
         index, inner = starts[..., None] + t, total
+    # One step of zeros, because Where in ONNX Runtime turns -0.0 into 0.0.
     flat = x.reshape(outer, inner, *x.shape[batch + 1 + unpack :])
-    out = _take(flat, jnp.where(valid, index, 0), inner)
-    valid = lax.expand_dims(valid, range(valid.ndim, out.ndim))
-    return jnp.where(valid, out, jnp.zeros((), x.dtype)).reshape(out_shape)
+    flat = lax.pad(
+        flat, jnp.zeros((), x.dtype), [(0, a == 1, 0) for a in range(flat.ndim)]
+    )
+    return _take(flat, jnp.where(valid, index, inner), inner + 1).reshape(out_shape)
 
 
 @register_primitive(jaxpr_primitive=pack_segments_p.name)

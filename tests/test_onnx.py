@@ -23,6 +23,7 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore::DeprecationWarning"),
 ]
 X = np.arange(2 * 5 * 3, dtype=np.float32).reshape(2, 5, 3)
+SIGNED = np.where(X % 2 == 0, -0.0, X).astype(np.float32)
 # Several lengths through one model; the last ones are clipped.
 LENGTHS = np.array([[3, 5], [0, 1], [4, 2], [-1, 7], [-(2**31), 2**31 - 1]], np.int32)
 
@@ -141,7 +142,7 @@ def test_packing(max_length):
     def unpack(x, n):
         return unpack_segments(x, n, total_length=5)
 
-    check(pack, X[0], PACKED[0], others=[(X[0], n) for n in PACKED])
+    check(pack, X[0], PACKED[0], others=[(SIGNED[0], n) for n in PACKED])
     rows = np.arange(3 * max_length * 2, dtype=np.float32).reshape(3, max_length, 2)
     check(unpack, rows, PACKED[0], others=[(rows, n) for n in PACKED])
 
