@@ -61,11 +61,12 @@ def markdown(head: list[str], lines: list[list[str]]) -> str:
 
 
 def machine(data: Row) -> str:
-    parts = []
-    for at, run in data["runs"].items():
-        count = sum(row["run"] == at for row in data["rows"].values())
-        versions = ", ".join(f"{k} {v}" for k, v in run["versions"].items())
-        parts.append(f"{count} rows of {at[:10]}: {versions}.")
+    counts: dict[str, int] = {}
+    for row in data["rows"].values():
+        versions = data["runs"][row["run"]]["versions"].items()
+        run = f"{row['run'][:10]}: {', '.join(f'{k} {v}' for k, v in versions)}"
+        counts[run] = counts.get(run, 0) + 1
+    parts = [f"{count} rows of {run}." for run, count in counts.items()]
     if noisy := [k for k, row in data["rows"].items() if row["noise"] > LIMIT]:
         parts.append(f"Too noisy, and left out: {', '.join(noisy)}.")
     return " ".join(parts)
