@@ -85,7 +85,7 @@ kernel: .venvs/test/.stamp ## the kernel for TPUs, in Pallas's interpreters
 	$(call pytest,test,-m kernel)
 
 peers: .venvs/peers/.stamp ## what needs other frameworks, and the benchmarks' rows
-	.venvs/peers/bin/python -c 'import flax, onnx, onnxruntime, tensorflow, torch'
+	.venvs/peers/bin/python -c 'import flax, jax2onnx, onnx, onnxruntime, tensorflow, torch'
 	$(call pytest,peers,-m peers)
 
 fuzz: export HYPOTHESIS_PROFILE := fuzz

@@ -18,10 +18,7 @@ from jax_revseg import (
     unpack_segments,
 )
 
-pytestmark = [
-    pytest.mark.peers,
-    pytest.mark.filterwarnings("ignore::DeprecationWarning"),
-]
+pytestmark = pytest.mark.peers
 X = np.arange(2 * 5 * 3, dtype=np.float32).reshape(2, 5, 3)
 SIGNED = np.where(X % 2 == 0, -0.0, X).astype(np.float32)
 # Several lengths through one model; the last ones are clipped.
@@ -203,6 +200,7 @@ def test_bidirectional_scan():
     check(f, X / 30, LENGTHS[0], others=[(X / 30, n) for n in LENGTHS], exact=False)
 
 
+@pytest.mark.filterwarnings("ignore:'.value' access:DeprecationWarning")  # jax2onnx's.
 def test_two_nnx_layers():
     """A model of Flax NNX in which a reversal is not one node."""
     nnx = pytest.importorskip("flax.nnx")
