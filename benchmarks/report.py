@@ -40,7 +40,11 @@ def find(row: Row, name: str, output: str, direction: str) -> Row | None:
 
 def ratio(time: Row | None, base: str) -> str:
     found = time["to"].get(base) if time else None
-    return f"{found['ratio']:.2f} ± {found['error']:.2f}" if found else ""
+    if not found:
+        return ""
+    if found["error"] > found["ratio"] / 4:
+        return "noisy"
+    return f"{found['ratio']:.2f} ± {found['error']:.2f}"
 
 
 def ms(time: Row | None) -> str:
