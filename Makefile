@@ -68,7 +68,7 @@ define pytest
 	.venvs/$(1)/bin/python -m pytest -n $(WORKERS) $(2) $(ARGS)
 endef
 
-.PHONY: test test-versions kernel peers fuzz
+.PHONY: test test-versions kernel peers fuzz fuzz-peers
 # XLA's own passes run; LLVM optimizes nothing, which saves a fifth of the time. The
 # other targets compile as users do.
 test: export XLA_FLAGS ?= --xla_backend_optimization_level=0
@@ -85,12 +85,17 @@ kernel: .venvs/test/.stamp ## the kernel for TPUs, in Pallas's interpreters
 	$(call pytest,test,-m kernel)
 
 peers: .venvs/peers/.stamp ## what needs other frameworks, and the benchmarks' rows
-	.venvs/peers/bin/python -c 'import flax, jax2onnx, onnx, onnxruntime, tensorflow, torch'
+	.venvs/peers/bin/python -c 'import flax, jax2onnx, keras, onnx, onnxruntime, \
+	  tensorflow, torch'
 	$(call pytest,peers,-m peers)
 
 fuzz: export HYPOTHESIS_PROFILE := fuzz
 fuzz: .venvs/test/.stamp ## random stacks of transformations, for long
 	$(call pytest,test,tests/test_fuzz.py)
+
+fuzz-peers: export HYPOTHESIS_PROFILE := fuzz
+fuzz-peers: .venvs/peers/.stamp ## random layers of PyTorch and Keras, for long
+	$(call pytest,peers,tests/test_peers_rnn.py)
 
 # ---- everything else
 
