@@ -34,7 +34,7 @@ napoleon_google_docstring = True
 napoleon_numpy_docstring = False
 # Nothing to link to without an inventory from the network at each build.
 nitpick_ignore_regex = [
-    ("py:.*", r"(jax|jaxlib|numpy|collections|typing)\..*"),
+    ("py:.*", r"(jax|jaxlib|numpy|collections|typing|jax_revseg\._bidirectional)\..*"),
     ("py:.*", r"ArrayLike|AxisName|BatchAxis|Implementation|Integers|Any|Callable"),
     ("py:.*", r"Bidirectional|jax_revseg\._.*"),
 ]

@@ -1,62 +1,86 @@
-"""Equinox cells in both directions: `bidirectional` and `bidirectional_scan`.
+"""Train an Equinox module that has `bidirectional` as a field, on ragged rows.
 
-Equinox has no bidirectional layer, so both are compared with what it is meant to be:
-each row on its own, cut to its length, read from either end.
+The task is to tell of each symbol whether it is seen elsewhere in its row. The layer
+answers by its forward direction, by its backward direction, or by both.
 """
+
+from functools import partial
+from typing import Any
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-from _compare import D, H, N, batch, compare, options
+import numpy as np
+import optax
+from _repeats import (
+    HIDDEN,
+    SYMBOLS,
+    batch,
+    direction,
+    loss_and_score,
+    options,
+    report,
+)
+from tqdm import tqdm
 
-from jax_revseg import bidirectional, bidirectional_scan
+from jax_revseg import bidirectional
 
 
-def read(cell, row):
-    """One row (T, D) from its first step to its last."""
+class GRU(eqx.Module):
+    """A layer of one row, which only runs forward."""
 
-    def step(h, x):
-        h = cell(x, h)
-        return h, h
+    cell: eqx.nn.GRUCell
 
-    return jax.lax.scan(step, jnp.zeros(H), row)[1]
-
-
-def main():
-    options(__doc__)
-    x, lengths = batch()
-    keys = jax.random.split(jax.random.key(0))
-    cells = tuple(eqx.nn.GRUCell(D, H, key=key) for key in keys)
-    params, static = eqx.partition(cells, eqx.is_array)
-
-    def layers(params, x):
-        cells = eqx.combine(params, static)
-        run = bidirectional(*(jax.vmap(lambda row, c=c: read(c, row)) for c in cells))
-        return run(x, lengths)
-
-    def one_loop(params, x):
-        def step(params, h, x):
-            h = jax.vmap(eqx.combine(params, static[0]))(x, h)
+    def __call__(self, xs):
+        def step(h, x):
+            h = self.cell(x, h)
             return h, h
 
-        start = jnp.zeros((N, H))
-        # Not the static part of the pair: it is the same for both directions.
-        _, ys = bidirectional_scan(step, params, (start, start), x, lengths)
-        return jnp.concatenate(ys, -1)
+        return jax.lax.scan(step, jnp.zeros(HIDDEN), xs)[1]
 
-    def rows(params, x):
-        forward, backward = eqx.combine(params, static)
-        out = jnp.zeros((*x.shape[:2], 2 * H))
-        for n, length in enumerate(lengths.tolist()):
-            row = x[n, :length]
-            out = out.at[n, :length, :H].set(read(forward, row))
-            out = out.at[n, :length, H:].set(read(backward, row[::-1])[::-1])
-        return out
 
-    for name, ours in {"bidirectional": layers, "bidirectional_scan": one_loop}.items():
-        print(f"{name} against rows cut to their lengths")
-        compare(ours, rows, params, x, lengths, tolerance=1e-5)
+class Tagger(eqx.Module):
+    """Symbols (T,) and the length of one row to logits (T,)."""
+
+    layer: Any  # Its two GRUs are parameters of this module.
+    head: eqx.nn.Linear
+
+    def __init__(self, name, key):
+        *keys, last = jax.random.split(key, 3)
+        layers = [GRU(eqx.nn.GRUCell(SYMBOLS, HIDDEN, key=key)) for key in keys]
+        self.layer = bidirectional(*layers, merge=partial(direction, name))
+        width = 2 * HIDDEN if name == "both" else HIDDEN
+        self.head = eqx.nn.Linear(width, "scalar", key=last)
+
+    def __call__(self, symbols, length):
+        states = self.layer(jax.nn.one_hot(symbols, SYMBOLS), length)
+        return jax.vmap(self.head)(states)
+
+
+@partial(eqx.filter_value_and_grad, has_aux=True)
+def gradient(model, symbols, lengths, labels):
+    return loss_and_score(jax.vmap(model)(symbols, lengths), lengths, labels)
+
+
+def train(name, steps):
+    model, rng = Tagger(name, jax.random.key(0)), np.random.default_rng(0)
+    optimiser = optax.adam(1e-2)
+    state = optimiser.init(eqx.filter(model, eqx.is_array))
+
+    @eqx.filter_jit
+    def step(model, state, *data):
+        (loss, right), grads = gradient(model, *data)
+        updates, state = optimiser.update(grads, state)
+        return eqx.apply_updates(model, updates), state, loss, right
+
+    history = []
+    for _ in tqdm(range(steps), desc=name):
+        model, state, *figures = step(model, state, *batch(rng))
+        history.append([float(figure) for figure in figures])
+    leaves = jax.tree.leaves(eqx.filter(model, eqx.is_array))
+    return name, sum(leaf.size for leaf in leaves), history
 
 
 if __name__ == "__main__":
-    main()
+    arguments = options(__doc__)
+    report([train(name, arguments.steps) for name in ("forward", "backward", "both")])

@@ -1,35 +1,66 @@
-"""`bidirectional` around Flax NNX RNNs, against Flax's own `nnx.Bidirectional`."""
+"""Train a Flax NNX module that has `bidirectional` as an attribute, on ragged rows.
 
-import jax.numpy as jnp
-from _compare import D, H, N, batch, compare, options
+The task is to tell of each symbol whether it is seen elsewhere in its row. The layer
+answers by its forward direction, by its backward direction, or by both.
+"""
+
+from functools import partial
+
+import jax
+import numpy as np
+import optax
+from _repeats import (
+    HIDDEN,
+    SYMBOLS,
+    batch,
+    direction,
+    loss_and_score,
+    options,
+    report,
+)
 from flax import nnx
+from tqdm import tqdm
 
 from jax_revseg import bidirectional
 
 
-def main():
-    options(__doc__)
-    x, lengths = batch()
-    rngs = nnx.Rngs(0)
-    layers = [nnx.RNN(nnx.GRUCell(D, H, rngs=rngs), rngs=False) for _ in range(2)]
-    model = nnx.Bidirectional(*layers, rngs=False)
-    structure, params, rest = nnx.split(model, nnx.Param, ...)
-    start = jnp.zeros((N, H))
+class Tagger(nnx.Module):
+    """Symbols (N, T) and the lengths of the rows to logits (N, T)."""
 
-    def ours(params, x):
-        model = nnx.merge(structure, params, rest)
-        run = bidirectional(
-            lambda x: model.forward_rnn(x, initial_carry=start),
-            lambda x: model.backward_rnn(x, initial_carry=start),
-        )
-        return run(x, lengths)
+    def __init__(self, name, rngs):
+        cells = [nnx.GRUCell(SYMBOLS, HIDDEN, rngs=rngs) for _ in range(2)]
+        layers = [nnx.RNN(cell, rngs=rngs) for cell in cells]
+        self.layer = bidirectional(*layers, merge=partial(direction, name))
+        width = 2 * HIDDEN if name == "both" else HIDDEN
+        self.head = nnx.Linear(width, 1, rngs=rngs)
 
-    def theirs(params, x):
-        model = nnx.merge(structure, params, rest)
-        return model(x, initial_carry=(start, start), seq_lengths=lengths)
+    def __call__(self, symbols, lengths):
+        states = self.layer(jax.nn.one_hot(symbols, SYMBOLS), lengths)
+        return self.head(states)[..., 0]
 
-    compare(ours, theirs, params, x, lengths, tolerance=1e-5)
+
+@nnx.jit
+def step(model, optimiser, symbols, lengths, labels):
+    @partial(nnx.value_and_grad, has_aux=True)
+    def gradient(model):
+        return loss_and_score(model(symbols, lengths), lengths, labels)
+
+    figures, grads = gradient(model)
+    optimiser.update(model, grads)
+    return figures
+
+
+def train(name, steps):
+    model, rng = Tagger(name, nnx.Rngs(0)), np.random.default_rng(0)
+    optimiser = nnx.Optimizer(model, optax.adam(1e-2), wrt=nnx.Param)
+    history = []
+    for _ in tqdm(range(steps), desc=name):
+        figures = step(model, optimiser, *batch(rng))
+        history.append([float(figure) for figure in figures])
+    leaves = jax.tree.leaves(nnx.state(model, nnx.Param))
+    return name, sum(leaf.size for leaf in leaves), history
 
 
 if __name__ == "__main__":
-    main()
+    arguments = options(__doc__)
+    report([train(name, arguments.steps) for name in ("forward", "backward", "both")])

@@ -90,10 +90,11 @@ def bidirectional(
     Transactions on Signal Processing 45 (1997), for ragged rows as in
     `tf.keras.layers.Bidirectional` and Flax's `Bidirectional`.
     """
-    # Flax NNX looks into attributes of registered types alone, and asks for
-    # `nnx.data(...)` around all others. Who has NNX layers has imported it.
-    if nnx := sys.modules.get("flax.nnx"):
-        nnx.register_data_type(Bidirectional)
+    # An NNX module accepts layers in an attribute only if its type is registered, or
+    # in `nnx.data(...)`. If the layers are NNX modules, `flax.nnx` is imported already.
+    register = getattr(sys.modules.get("flax.nnx"), "register_data_type", None)
+    if register is not None:
+        register(Bidirectional)
     return Bidirectional(forward, backward, merge)
 
 
