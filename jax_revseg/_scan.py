@@ -204,11 +204,10 @@ def bidirectional_scan(
 
     # vmap turns a loop over one direction into one loop over both.
     carries, ys = jax.vmap(one_way, (0, 0, 1, 1, 1), (0, 1))(*stacked)
-    outputs = [jax.tree.map(lambda y, i=i: y[:, i], ys) for i in (0, 1)]
+    outputs = [_one_way(ys, i, 1) for i in (0, 1)]
     outputs[1] = jax.tree.map(_flip, outputs[1])
     outputs = [restore_axis(call, ys, rows.layout.axis) for ys in outputs]
-    carry = [jax.tree.map(lambda leaf, i=i: leaf[i], carries) for i in (0, 1)]
-    return (carry[0], carry[1]), (outputs[0], outputs[1])
+    return (_one_way(carries, 0), _one_way(carries, 1)), (outputs[0], outputs[1])
 
 
 def associative_scan_segments(
@@ -286,3 +285,8 @@ def _alike(call: Call, rows: Rows, init: Any, *time_major: Any) -> list[Any]:
 
 def _flip(x: jax.Array) -> jax.Array:
     return jnp.flip(x, 0)
+
+
+def _one_way(tree: Any, i: int, axis: int = 0) -> Any:
+    # Indexing an array outside of jit would move i to the device.
+    return jax.tree.map(lambda x: lax.index_in_dim(x, i, axis, keepdims=False), tree)
