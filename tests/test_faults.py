@@ -240,9 +240,10 @@ def test_empty_arrays_vary_over_devices():
         (lambda x, n: unpack_segments(x[:0], n[:0], total_length=2), jnp.ones((4, 2))),
     ):
         run = partial(jax.shard_map, f, mesh=mesh, in_specs=(P("d"), P("d")))
-        run(out_specs=P("d"))(x, n)
+        # JAX 0.7 cannot run any program on an empty array with a sharding.
+        jax.eval_shape(run(out_specs=P("d")), x, n)
         with pytest.raises(ValueError):
-            run(out_specs=P())(x, n)
+            jax.eval_shape(run(out_specs=P()), x, n)
 
 
 def test_empty_results_stay_on_their_device():

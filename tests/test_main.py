@@ -36,6 +36,12 @@ def test_quick_json(capsys):
         assert check["forward"] is True and check["gradient"] is True, check
 
 
+def test_nans_on_purpose_are_no_fault_under_debug_nans(capsys):
+    with jax.debug_nans(True):
+        assert self_check.main(["--quick"]) == 0
+    assert "All is right" in capsys.readouterr().out
+
+
 def test_text_ends_with_the_verdict(capsys, monkeypatch):
     time_case = self_check.time_case
     monkeypatch.setattr(
