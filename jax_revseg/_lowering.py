@@ -75,7 +75,8 @@ def _count_up_to(values: jax.Array, limits: jax.Array) -> jax.Array:
     rounds = count.bit_length() if isinstance(count, int) else 31
 
     def search(i, found):
-        step = jnp.left_shift(jnp.int32(1), rounds - 1 - i.astype(jnp.int32))
+        i = jnp.asarray(i, jnp.int32)  # JAX 0.7 gives an int in disable_jit.
+        step = jnp.left_shift(jnp.int32(1), rounds - 1 - i)
         # Compared this way round the sum cannot wrap.
         fits = step <= count - found
         value = take_last(values, jnp.where(fits, found + step - 1, 0))
