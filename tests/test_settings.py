@@ -4,6 +4,7 @@ A function that moves data from the host, promotes types without need, leaks a t
 depends on the strides of its operands fails here.
 """
 
+import contextlib
 import threading
 from functools import partial
 
@@ -139,10 +140,48 @@ def test_nothing_moves_from_the_host(on_device):
     same(gradients, {name: desired[name] for name in reversals})
 
 
+@contextlib.contextmanager
+def enable_checks():
+    jax.config.update("jax_enable_checks", True)
+    try:
+        yield
+    finally:
+        jax.config.update("jax_enable_checks", False)
+
+
 def test_settings_that_raise_find_nothing(on_device):
+    """Fails if a function promotes by chance, makes NaNs of its own, or leaks."""
     x, others, desired = on_device
-    with jax.numpy_dtype_promotion("strict"), jax.numpy_rank_promotion("raise"):
+    with (
+        jax.numpy_dtype_promotion("strict"),
+        jax.numpy_rank_promotion("raise"),
+        jax.debug_nans(True),
+        enable_checks(),
+    ):
         same(jax.jit(everything)(x, others), desired)
+    with jax.checking_leaks():
+        jax.jit(everything).lower(x, others)
+    names = ("order", "pack value", "unpack", "bidirectional")
+    with jax.disable_jit():
+        actual = {name: values(FUNCTIONS[name], x, others) for name in names}
+    same(actual, {name: desired[name][0] for name in names})
+
+
+@pytest.mark.parametrize("dtype", ("int4", "uint4"))
+def test_four_bits(on_device, dtype):
+    """Fails if lengths or data of four bits wrap, or are refused."""
+    _, others, desired = on_device
+    names = ("lengths value", "packed", "ids", "offsets", "order", "pack", "unpack")
+
+    @jax.jit
+    def run(x, others):
+        return {name: values(FUNCTIONS[name], x, others) for name in names}
+
+    data = (operands(dtype=dtype)[0], others)
+    lengths = (on_device[0], operands(index=dtype)[1])
+    for out in run(*data), run(*lengths):
+        out = jax.tree.map(lambda y: np.asarray(y).astype(np.float32) % 16, out)
+        same(out, {name: desired[name][0] for name in names})
 
 
 def test_any_memory_layout_on_the_host(on_device, tmp_path):
