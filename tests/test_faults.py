@@ -196,6 +196,7 @@ def test_no_leaks_with_a_pair_of_carries():
         (lambda: reverse_sequence(X, LENGTHS, axis_name=0), "axis_name is 0"),
         (lambda: reverse_sequence(X, LENGTHS, axis_name=()), r"axis_name is \(\)"),
         (lambda: reverse_sequence(X, LENGTHS, axis_name=["d"]), "axis_name is"),
+        (lambda: reverse_sequence(X, LENGTHS, axis_name=("d", "d")), "each once"),
         (
             lambda: bidirectional(lambda x: {"a": x}, lambda x: (x,))(
                 X[..., None], LENGTHS

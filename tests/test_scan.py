@@ -384,7 +384,9 @@ def test_bidirectional_scan_is_one_loop():
     assert text.count("scan[") == 1
 
 
-@pytest.mark.parametrize("how", ("remat", "jvp", "hessian", "scan over layers"))
+@pytest.mark.parametrize(
+    "how", ("remat", "jvp", "hessian", "vmap over parameters", "scan over layers")
+)
 def test_transformations(how):
     w, init, xs = make(np.nan, **ENCODINGS["ids and padding"])
     encoding = dict(segment_ids=jnp.asarray(IDS), padding_id=0)
@@ -411,6 +413,13 @@ def test_transformations(how):
         backward = jax.jit(jax.grad(along))(w)
         for k, v in forward(w).items():
             np.testing.assert_allclose(v, backward[k], atol=1e-3)
+    elif how == "vmap over parameters":
+        models = jax.tree.map(lambda a: jnp.stack([a, a / 2]), w)
+        mapped = jax.jit(jax.vmap(jax.value_and_grad(loss)))(models)
+        for i in (0, 1):
+            model = jax.tree.map(lambda a, i=i: a[i], models)
+            of_model = jax.tree.map(lambda a, i=i: a[i], mapped)
+            close(of_model, (loss(model), grad(model)))
     else:
         layers = jax.tree.map(lambda a: jnp.stack([a, a / 2]), w)
 
@@ -430,7 +439,7 @@ def test_under_debugging_settings():
     expected = jax.jit(run)(xs)
     clean = jax.tree.map(jnp.asarray, make(1.0, **ENCODINGS["lengths"])[2])
     with jax.debug_nans(True):
-        close(jax.jit(run)(clean), expected)
+        close(jax.jit(run)(xs), expected)
     with jax.disable_jit():
         close(run(clean), expected)
     with jax.checking_leaks():
