@@ -138,8 +138,8 @@ class _Shapes(NamedTuple):
         batch_rank = len(shape) - (self.kind != "padded")
         if batch_rank < 0:
             self._disagree(
-                f"but {self.name} needs at least 1 axis, the one that runs over the "
-                "segments; for one length a row use reverse_sequence",
+                f"{self.name} needs at least 1 axis, the one that runs over the "
+                "segments; for one length a row use reverse_sequence"
             )
         self._refuse_a_batch(axis)
         axis = batch_rank if axis is None else self._canonical("axis", axis)
@@ -165,7 +165,7 @@ class _Shapes(NamedTuple):
             self._disagree(
                 f"axis {axis} of {x_name} has size {x_shape[axis]}, so {self.name} "
                 f"needs that many entries a row, one for each position, but has "
-                f"{shape[-1]}",
+                f"{shape[-1]}"
             )
         return Layout(self.kind, axis, batch_axes)
 
