@@ -96,6 +96,10 @@ TYPE_ERRORS = (
     ),
 )
 VALUE_ERRORS = (
+    (
+        lambda: seq(X, [1] * 3, implementation="cuda"),
+        r"implementation is 'cuda'; use None or one of \('xla', 'pallas'\)",
+    ),
     # Rank and shape.
     (lambda: seq(np.float32(1), 1), r"x has rank 0.*at least 1 axis.*x\[None\]"),
     (lambda: seq(jnp.ones(()), 1), r"x has rank 0 \(shape \(\)\)"),

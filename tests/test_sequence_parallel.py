@@ -456,6 +456,12 @@ def test_bytes_sent_and_held(case):
         assert memory.output_size_in_bytes <= block
 
 
+def test_the_axis_that_needs_the_least_padding_is_exchanged():
+    block = 4 * 5 * 64 * 8 // 4  # Seven features become eight, not five rows.
+    for compiled in compile_both(Case("least", (5, 64, 7)), make_mesh(seq=4)):
+        assert bytes_received(compiled) == [("all-to-all", block)] * 2
+
+
 def test_only_ids_are_gathered():
     case = Case("ids", (3, 64, 16), layout="ids")
     block, ids = 4 * 3 * 64 * 16 // 8, 4 * 3 * 64
