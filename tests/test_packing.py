@@ -1,6 +1,7 @@
 """pack_segments and unpack_segments against the loops, and at their edges."""
 
 import jax
+import jax.export
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -151,3 +152,33 @@ def test_vmap():
     run = jax.jit(jax.vmap(lambda x, n: pack_segments(x, n, max_length=4)))
     for row, n, out in zip(x, lengths, run(x, lengths), strict=True):
         assert_same_bits(out, _reference.pack(row, n, max_length=4))
+
+
+def test_sizes_left_out_for_host_lengths():
+    x = np.arange(6)
+    assert pack_segments(x, [2, 0, 3]).tolist() == [[0, 1, 0], [0, 0, 0], [2, 3, 4]]
+    assert unpack_segments(x.reshape(2, 3), [2, 5]).tolist() == [0, 1, 3, 4, 5]
+    for function, size in (
+        (pack_segments, "max_length"),
+        (unpack_segments, "total_length"),
+    ):
+        with pytest.raises(ValueError, match=f"{size} is left out.*give {size}"):
+            function(x.reshape(2, 3), jnp.array([1, 1]))
+
+
+def test_linear_under_jvp_linearize_transpose_and_export():
+    """Fails if one of JAX's ways to a derivative ends in another map."""
+    n = jnp.array([2, 4, 0, 1])
+    for f, shape in (
+        (lambda x: pack_segments(x, n, max_length=3), (11, 2)),
+        (lambda x: unpack_segments(x, n, total_length=6), (4, 5, 2)),
+    ):
+        x = np.arange(np.prod(shape), dtype=np.float32).reshape(shape)
+        desired, vjp = jax.vjp(f, x)
+        back = vjp(desired)[0]
+        for tangent in (jax.jvp(f, (x,), (x,))[1], jax.linearize(f, x)[1](x)):
+            assert_same_bits(tangent, np.asarray(desired))
+        assert_same_bits(jax.linear_transpose(f, x)(desired)[0], np.asarray(back))
+        exported = jax.export.export(jax.jit(f))(jax.ShapeDtypeStruct(shape, x.dtype))
+        exported = jax.export.deserialize(exported.serialize(vjp_order=1))
+        assert_same_bits(exported.vjp().call(x, desired)[0], np.asarray(back))
