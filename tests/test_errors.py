@@ -13,6 +13,7 @@ import pytest
 
 from jax_revseg import (
     _reference,
+    bidirectional,
     pack_segments,
     reverse_segment_order,
     reverse_segments,
@@ -27,6 +28,10 @@ seq, seg, order = reverse_sequence, reverse_segments, reverse_segment_order
 
 # One line each: what is called, and what it says.
 TYPE_ERRORS = (
+    (
+        lambda: seq(X, X > 0),
+        "lengths has dtype bool.*a mask goes into reverse_segments",
+    ),
     # What x may be.
     (lambda: seq([1, 2], 1), r"x must be an array, but has type list.*asarray"),
     (lambda: seq({"a": X}, 1), r"x must be an array, but has type dict.*tree\.map"),
@@ -96,6 +101,15 @@ TYPE_ERRORS = (
     ),
 )
 VALUE_ERRORS = (
+    (lambda: seq(jnp.ones((5, 2)), [3, 4]), "if x is time-major, use axis=0"),
+    (
+        lambda: seg(jnp.ones((5, 2)), segment_ids=jnp.ones((2, 5), int)),
+        r"if x is time-major, use axis=0 \(segment_ids stays batch-major\)",
+    ),
+    (
+        lambda: bidirectional(jnp.sin, jnp.cos)(jnp.ones((5, 2, 1)), [3, 4]),
+        "^bidirectional: .*if x is time-major, use axis=0",
+    ),
     (
         lambda: seq(X, [1] * 3, implementation="cuda"),
         r"implementation is 'cuda'; use None or one of \('xla', 'pallas'\)",

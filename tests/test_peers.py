@@ -300,3 +300,19 @@ def test_numpy():
 
     cases = [case for case in COMMON if case in PADDED]
     assert len(accepted(call, cases, ())) == len(cases)
+
+
+def test_tensors_of_other_frameworks_are_operands():
+    """Fails if a tensor is refused, or aborts the process, as one of strings did."""
+    need("torch", "tensorflow")
+    import tensorflow as tf
+    import torch
+
+    x, lengths = np.arange(6, dtype=np.float32).reshape(2, 3), np.array([1, 3])
+    expected = np.asarray(reverse_sequence(x, lengths))
+    for tensor in (torch.tensor, tf.constant):
+        assert_same_bits(reverse_sequence(tensor(x), tensor(lengths)), expected)
+    with pytest.raises(TypeError, match="x has dtype torch.float32.*detach"):
+        reverse_sequence(torch.tensor(x, requires_grad=True), lengths)
+    with pytest.raises(TypeError, match="x has dtype .*string"):
+        reverse_sequence(tf.constant(["a"]), 1)
