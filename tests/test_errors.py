@@ -8,6 +8,7 @@ import itertools
 
 import jax
 import jax.numpy as jnp
+import ml_dtypes
 import numpy as np
 import pytest
 
@@ -71,6 +72,10 @@ TYPE_ERRORS = (
             jax.random.split(jax.random.key(0), (2, 3)), [1, 2], total_length=3
         ),
         r"x has dtype key<fry>.*key_data",
+    ),
+    (
+        lambda: unpack_segments(X.astype(ml_dtypes.float8_e8m0fnu), [1] * 3),
+        "x has dtype float8_e8m0fnu, which has no zero for the tail",
     ),
     (lambda: seq(I8, [1] * 2, padding_value=128), r"padding_value is 128.*dtype int8"),
     (lambda: seq(I8, [1] * 2, padding_value=-129), r"padding_value is -129.*int8"),

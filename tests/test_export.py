@@ -8,6 +8,7 @@ import contextlib
 import pathlib
 import re
 import sys
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -15,7 +16,13 @@ import numpy as np
 import pytest
 from jax import export
 
-from jax_revseg import reverse_segment_order
+from jax_revseg import (
+    pack_segments,
+    reverse_segment_order,
+    reverse_segments,
+    reverse_sequence,
+    unpack_segments,
+)
 from tests.cases import SMALL, assert_same_bits
 
 PLATFORMS = ("cpu", "cuda", "rocm", "tpu")
@@ -32,12 +39,15 @@ SEGMENTS = {
 }
 
 
-def exported(f, segments, x="b, t, d"):
+def exported(f, *shapes):
+    """Exports `f` for symbolic shapes: of a float array, and of integers after it."""
     scope = export.SymbolicScope()
-    x = jax.ShapeDtypeStruct(export.symbolic_shape(x, scope=scope), jnp.float32)
-    shape = export.symbolic_shape(segments, scope=scope)
-    segments = jax.ShapeDtypeStruct(shape, jnp.int32)
-    return export.export(jax.jit(f), platforms=PLATFORMS)(x, segments)
+    shapes = [export.symbolic_shape(shape, scope=scope) for shape in shapes]
+    specs = [
+        jax.ShapeDtypeStruct(shape, jnp.int32 if i else jnp.float32)
+        for i, shape in enumerate(shapes)
+    ]
+    return export.export(jax.jit(f), platforms=PLATFORMS)(*specs)
 
 
 def custom_calls(artifact):
@@ -48,7 +58,7 @@ def custom_calls(artifact):
 def test_every_size_symbolic(case):
     """Fails on a size baked in, a call that another platform lacks, no gradient."""
     segments, calls = SEGMENTS[case.layout]
-    artifact = exported(case.call, segments)
+    artifact = exported(case.call, "b, t, d", segments)
     assert artifact.platforms == PLATFORMS
     assert custom_calls(artifact) == custom_calls(artifact.vjp()) == calls
     twice = case.layout in ("padded", "packed")  # The others have the same rules.
@@ -85,7 +95,7 @@ def test_known_sizes_need_no_custom_call(case):
 def test_padding_value(case):
     """Fails if the mask is wrong for a symbolic size or for lengths out of range."""
     segments, calls = SEGMENTS[case.layout]
-    artifact = exported(lambda x, s: case.call(x, s, padding_value=5.0), segments)
+    artifact = exported(partial(case.call, padding_value=5.0), "b, t, d", segments)
     assert custom_calls(artifact) == calls
     x, s = case.x(), case.segments()
     if case.layout != "ids":
@@ -94,12 +104,39 @@ def test_padding_value(case):
 
 
 def test_order_of_segments():
-    artifact = exported(reverse_segment_order, "b, k")
+    artifact = exported(reverse_segment_order, "b, t, d", "b, k")
     x, lengths = SMALL[1].x(), SMALL[1].segments()
     for actual, want in zip(
         artifact.call(x, lengths), reverse_segment_order(x, lengths), strict=True
     ):
         assert_same_bits(actual, want)
+
+
+def test_packing():
+    x = np.arange(24, dtype=np.float32).reshape(3, 4, 2)
+    n = np.array([2, 0, 4], np.int32)
+    unpack = partial(unpack_segments, total_length=7)
+    desired = unpack(x, n)
+    assert_same_bits(exported(unpack, "n, l, 2", "n").call(x, n), desired)
+    host = exported(lambda x: unpack(x, n), "3, l, 2")
+    assert_same_bits(host.call(x), desired)
+
+    def back(x, n):  # Both sizes are symbolic.
+        flat = unpack_segments(x, n, total_length=x.shape[0] * x.shape[1])
+        return pack_segments(flat, n, max_length=x.shape[1])
+
+    valid = np.arange(4)[:, None] < n[:, None, None]
+    assert_same_bits(exported(back, "n, l, 2", "n").call(x, n), np.where(valid, x, 0))
+
+
+@pytest.mark.parametrize("n", (3, 9, 2**31, 2**40, 2**64 - 1, 2**70))
+def test_host_lengths_past_a_symbolic_axis(n):
+    x = np.arange(4, dtype=np.float32)
+    out = exported(lambda x: reverse_sequence(x, n), "t").call(x)
+    np.testing.assert_array_equal(out, [2, 1, 0, 3] if n == 3 else [3, 2, 1, 0])
+    packed = exported(lambda x: reverse_segments(x, [1, n - 2]), "t")
+    desired = [0, 1, 2, 3] if n == 3 else [0, 3, 2, 1]
+    np.testing.assert_array_equal(packed.call(x), desired)
 
 
 FIXTURE_SHAPES = ("b, 7, d", "b", "b, 3", "b, 7")
@@ -146,12 +183,6 @@ if __name__ == "__main__":
         sys.exit(f"{FIXTURE.name} must not come from JAX {jax.__version__}.")
     # Keep the paths of this machine out of it.
     jax.config.update("jax_hlo_source_file_canonicalization_regex", ".*/")
-    scope = export.SymbolicScope()
-    shapes = [export.symbolic_shape(s, scope=scope) for s in FIXTURE_SHAPES]
-    x, *segments = [
-        jax.ShapeDtypeStruct(shape, jnp.int32 if i else jnp.float32)
-        for i, shape in enumerate(shapes)
-    ]
-    artifact = export.export(jax.jit(every_layout), platforms=PLATFORMS)(x, *segments)
+    artifact = exported(every_layout, *FIXTURE_SHAPES)
     FIXTURE.parent.mkdir(exist_ok=True)
     FIXTURE.write_bytes(artifact.serialize(vjp_order=1))

@@ -12,86 +12,50 @@ import numpy as np
 import pytest
 
 from jax_revseg import (
-    associative_scan_segments,
-    bidirectional,
-    bidirectional_scan,
     pack_segments,
-    reverse_segment_order,
-    reverse_segments,
     reverse_sequence,
-    scan_segments,
     unpack_segments,
 )
+from tests.functions import FUNCTIONS, SCANS, operands, values
 
-N, T = 4, 6
-X = np.arange(N * T, dtype=np.float32).reshape(N, T) / 7
-LENGTHS = np.array([6, 0, 3, 4], np.int32)
-PACKED = np.array([[2, 3], [6, 0], [0, 1], [4, 2]], np.int32)
-IDS = np.array([[1, 1, 2, 2, 2, 0]] * N, np.int32)
-
-
-def step(w, carry, x):
-    carry = jnp.tanh(w * carry + x)
-    return carry, carry
-
-
-def cumsums(x):
-    return jnp.cumsum(x, 1)[..., None]
-
-
-def zeros(x):
-    return jnp.zeros(x.shape[0])
-
-
-FUNCTIONS = {
-    "lengths": lambda x, n, k, ids: reverse_sequence(x, n),
-    "padding_value": lambda x, n, k, ids: reverse_sequence(x, n, padding_value=2),
-    "packed": lambda x, n, k, ids: reverse_segments(x, k),
-    "ids": lambda x, n, k, ids: reverse_segments(x, segment_ids=ids, padding_id=0),
-    "order": lambda x, n, k, ids: reverse_segment_order(x, k)[0],
-    "bidirectional": lambda x, n, k, ids: bidirectional(cumsums, cumsums)(x, n),
-    "scan": lambda x, n, k, ids: scan_segments(partial(step, 2.0), zeros(x), x, n)[1],
-    "both": lambda x, n, k, ids: bidirectional_scan(
-        step, (2.0, 3.0), (zeros(x), zeros(x)), x, n
-    )[1][1],
-    "associative": lambda x, n, k, ids: associative_scan_segments(
-        jnp.add, x, segment_ids=ids, padding_id=0
-    )[:, :5],
-}
-PACKING = {
-    "pack": lambda x, n, k, ids: pack_segments(x[0], k[0], max_length=4),
-    "unpack": lambda x, n, k, ids: unpack_segments(x, n, total_length=15),
-}
+X, OTHERS = operands()
+X /= 7
+# Each kind of rule once: compilation takes the time.
+ROWS = ("lengths value", "ids", "order", "bidirectional", "scan ids", "both")
+ROWS = {name: FUNCTIONS[name] for name in (*ROWS, "associative")}
+ALL = ROWS | {name: FUNCTIONS[name] for name in ("pack", "unpack")}
 each_kind = pytest.mark.parametrize("kind", ("Auto", "Explicit"))
 
 
-def derivatives(x, segments, functions, jacobian=True):
+def derivatives(x, others, functions, jacobian=True):
     """A value, a gradient, a Hessian-vector product and a Jacobian of each function."""
     out = {}
     for name, f in functions.items():
 
         def loss(x, f=f):
-            y = f(x, *segments)
-            return jnp.sum(y**2 * jnp.cos(jnp.arange(y.size * 1.0)).reshape(y.shape))
+            return sum(
+                jnp.sum(y**2 * jnp.cos(jnp.arange(y.size * 1.0)).reshape(y.shape))
+                for y in values(f, x, others)
+            )
 
         (value, grad), (_, hvp) = jax.jvp(jax.value_and_grad(loss), (x,), (x,))
         out[name] = value, grad, hvp
-        if jacobian:
+        if jacobian and name not in SCANS:
             out[name] += (jax.jacrev(loss)(x),)
     return out
 
 
 def close(actual, desired):
     actual, desired = jax.device_get((actual, desired))
-    for name, values in desired.items():
-        for a, b in zip(actual[name], values, strict=False):
+    for name in desired:
+        for a, b in zip(actual[name], desired[name], strict=False):
             np.testing.assert_allclose(a, b, rtol=2e-5, atol=2e-5, err_msg=name)
 
 
 @pytest.fixture(scope="module")
 def desired():
-    run = jax.jit(partial(derivatives, functions=FUNCTIONS | PACKING))
-    return jax.device_get(run(X, (LENGTHS, PACKED, IDS)))
+    run = jax.jit(partial(derivatives, functions=ALL))
+    return jax.device_get(run(X, OTHERS))
 
 
 def make(kind, devices=1):
@@ -100,42 +64,42 @@ def make(kind, devices=1):
 
 
 @each_kind
-@pytest.mark.parametrize("where", ("host", "device eagerly", "mesh"))
-def test_derivatives_with_a_mesh_of_one_device(kind, where, desired):
-    functions, jit = FUNCTIONS | PACKING, "eagerly" not in where
-    if not jit:  # Each operation is compiled alone: fewer functions are enough.
-        functions = {k: functions[k] for k in ("padding_value", "order", "pack")}
-    mesh = make(kind)
-    operands = X, (LENGTHS, PACKED, IDS)
-    if not jit:
-        operands = jax.tree.map(jnp.asarray, operands)
-    elif where == "mesh":
-        operands = jax.device_put(operands, jax.NamedSharding(mesh, jax.P()))
-    run = partial(derivatives, functions=functions)
+def test_derivatives_with_a_mesh_of_one_device(kind, desired):
+    mesh, on_host = make(kind), (X, OTHERS)
+    on_mesh = jax.device_put(on_host, jax.NamedSharding(mesh, jax.P()))
+    on_device = jax.tree.map(jnp.asarray, on_host)
+    run = partial(derivatives, functions=ALL)
     with jax.set_mesh(mesh):
-        actual = (jax.jit(run) if jit else run)(*operands)
-    close(actual, {k: desired[k] for k in functions})
+        close(jax.jit(run)(*on_mesh), desired)
+        jax.jit(run).lower(*on_host)
+        # Each operation is compiled alone: few are enough.
+        few = {k: ALL[k] for k in ("lengths value", "order", "pack")}
+        close(derivatives(*on_device, few), {k: desired[k] for k in few})
 
 
 @each_kind
 @pytest.mark.parametrize(
     "what, context",
-    (("x", "set"), ("segments", "set"), ("both", "unset")),
+    (("x", "set"), ("others", "set"), ("both", "unset")),
 )
 def test_derivatives_with_sharded_rows(kind, what, context, desired):
     mesh = make(kind, 4)
-    rows = jax.NamedSharding(mesh, jax.P("d"))
-    x, segments = X, (LENGTHS, PACKED, IDS)
-    if what != "segments":
-        x = jax.device_put(x, rows)
+
+    def shard(array):
+        spec = jax.P("d") if array.ndim else jax.P()
+        return jax.device_put(array, jax.NamedSharding(mesh, spec))
+
+    x, others = X, OTHERS
+    if what != "others":
+        x = shard(x)
     if what != "x":
-        segments = jax.device_put(segments, rows)
+        others = jax.tree.map(shard, others)
     # `jacrev` of any function of an unsharded x fails if its output is sharded.
-    jacobian = what != "segments" or kind == "Auto"
-    run = partial(derivatives, functions=FUNCTIONS, jacobian=jacobian)
+    jacobian = what != "others" or kind == "Auto"
+    run = partial(derivatives, functions=ROWS, jacobian=jacobian)
     with jax.set_mesh(mesh) if context == "set" else contextlib.nullcontext():
-        actual = jax.jit(run)(x, segments)
-    close(actual, {k: desired[k] for k in FUNCTIONS})
+        actual = jax.jit(run)(x, others)
+    close(actual, {k: desired[k] for k in ROWS})
 
 
 def test_shardings_changed_between_eager_calls():
@@ -146,10 +110,9 @@ def test_shardings_changed_between_eager_calls():
     double = jax.shard_map(
         lambda x: 2 * x, mesh=mesh, in_specs=jax.P("d"), out_specs=jax.P("d")
     )
-    for f in (
-        lambda x: reverse_sequence(x, jnp.asarray(LENGTHS)),
-        lambda x: reverse_segments(x, segment_ids=jnp.asarray(IDS), padding_id=0),
-    ):
+    others = jax.tree.map(jnp.asarray, OTHERS)
+    for f in (FUNCTIONS["lengths"], FUNCTIONS["ids"]):
+        f = partial(f, o=others)
         grad = jax.grad(lambda x, f=f: (f(x) * weights).sum())
         expected = f(weights)
         for x in (sharded, X, jnp.asarray(X), sharded):
@@ -161,7 +124,7 @@ def test_shardings_changed_between_eager_calls():
 @each_kind
 def test_cotangents_sharded_otherwise(kind):
     mesh = make(kind, 4)
-    lengths = jnp.asarray(LENGTHS)
+    lengths = jnp.asarray(OTHERS["n"])
     expected = reverse_sequence(X, lengths)
     sharded = jax.device_put(X, jax.NamedSharding(mesh, jax.P("d")))
     _, vjp = jax.vjp(lambda x: reverse_sequence(x, lengths), jnp.asarray(X))

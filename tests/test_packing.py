@@ -1,5 +1,7 @@
 """pack_segments and unpack_segments against the loops, and at their edges."""
 
+from functools import partial
+
 import jax
 import jax.export
 import jax.numpy as jnp
@@ -114,46 +116,6 @@ def test_nothing():
     assert out.shape == (0, 2)
 
 
-def test_gradients():
-    """Fails if a gradient is not laid down where its value came from, or comes from
-    padding."""
-    lengths = jnp.array([2, 4, 0, 1])
-    x = np.zeros((9, 2), np.float32)
-    rng = np.random.default_rng(0)
-    cotangent = rng.integers(1, 9, (4, 3, 2)).astype(np.float32)
-
-    @jax.jit
-    def run(x, ct):
-        pack, to_value = jax.vjp(
-            lambda x, value: pack_segments(
-                x, lengths, max_length=3, padding_value=value
-            ),
-            x,
-            1.0,
-        )
-        unpack = jax.vjp(lambda x: unpack_segments(x, lengths, total_length=9), pack)[1]
-        return *to_value(ct), *unpack(x + jnp.arange(9.0)[:, None])
-
-    to_x, to_value, to_rows = run(x, cotangent)
-    expected = np.zeros_like(x)
-    expected[[0, 1, 2, 3, 4, 6]] = cotangent[[0, 0, 1, 1, 1, 3], [0, 1, 0, 1, 2, 0]]
-    assert_same_bits(to_x, expected)
-    padding = np.array([[0, 0, 1], [0, 0, 0], [1, 1, 1], [0, 1, 1]], bool)
-    np.testing.assert_array_equal(to_value, cotangent[padding].sum())
-    # Row 1 lies from position 2 on: three steps, since it was cut to three.
-    expected = np.array([[0, 1, 0], [2, 3, 4], [0, 0, 0], [5, 0, 0]], np.float32)
-    assert_same_bits(to_rows[..., 0], expected)
-
-
-def test_vmap():
-    """Fails if a batch of packed arrays is taken for one packed array."""
-    x = np.arange(24, dtype=np.int32).reshape(3, 8)
-    lengths = np.array([[1, 2, 3], [0, 4, 0], [3, 3, 2]])
-    run = jax.jit(jax.vmap(lambda x, n: pack_segments(x, n, max_length=4)))
-    for row, n, out in zip(x, lengths, run(x, lengths), strict=True):
-        assert_same_bits(out, _reference.pack(row, n, max_length=4))
-
-
 def test_sizes_left_out_for_host_lengths():
     x = np.arange(6)
     assert pack_segments(x, [2, 0, 3]).tolist() == [[0, 1, 0], [0, 0, 0], [2, 3, 4]]
@@ -182,3 +144,98 @@ def test_linear_under_jvp_linearize_transpose_and_export():
         exported = jax.export.export(jax.jit(f))(jax.ShapeDtypeStruct(shape, x.dtype))
         exported = jax.export.deserialize(exported.serialize(vjp_order=1))
         assert_same_bits(exported.vjp().call(x, desired)[0], np.asarray(back))
+
+
+def bits(*shape):
+    """Random bits with many -0.0, subnormals and NaN payloads."""
+    rng = np.random.default_rng(sum(shape))
+    x = rng.integers(0, 2**32, shape, np.uint32)
+    x.flat[::3], x.flat[1::5], x.flat[2::7] = 2**31, 1, 0x7FA00001
+    return x.view(np.float32)
+
+
+def rows_to_flat(ct, lengths, size):
+    """The transpose of packing, in loops: truncated steps get nothing."""
+    out, start = np.zeros((size, *ct.shape[2:]), ct.dtype), 0
+    for row, length in zip(ct, lengths, strict=True):
+        length = max(0, min(length, size - start))
+        kept = min(length, ct.shape[1])
+        out[start : start + kept] = row[:kept]
+        start += length
+    return out
+
+
+def test_gradients_are_exact():
+    """Fails if a gradient adds, which changes -0.0, or drops other steps."""
+
+    @partial(jax.jit, static_argnames="size")
+    def vjps(x, ct_x, rows, ct_rows, n, size):
+        pack = jax.vjp(lambda x: pack_segments(x, n, max_length=size), x)[1]
+        unpack = jax.vjp(lambda x: unpack_segments(x, n, total_length=size), rows)[1]
+        return pack(ct_x)[0], unpack(ct_rows)[0]
+
+    for size in (0, 3, 12):
+        x, rows = bits(11, 2), bits(4, 5, 2)
+        ct_x, ct_rows = bits(4, size, 2), bits(size, 2)
+        for name, lengths in LENGTHS.items():
+            n = jnp.array(lengths, jnp.int32)
+            packed, unpacked = vjps(x, ct_x, rows, ct_rows, n, size)
+            assert_same_bits(packed, rows_to_flat(ct_x, lengths, 11), name)
+            cut = np.minimum(lengths, 5)
+            expected = _reference.pack(ct_rows, cut, max_length=5)
+            assert_same_bits(unpacked, expected, name)
+
+
+def test_gradient_of_the_padding_value():
+    ct = np.arange(1, 13, dtype=np.float32).reshape(4, 3)
+    padding = np.array([[0, 0, 1], [0, 0, 0], [1, 1, 1], [0, 1, 1]], bool)
+
+    def fill(value):
+        n = jnp.array([2, 4, 0, 1])
+        return pack_segments(jnp.ones(9), n, max_length=3, padding_value=value)
+
+    assert jax.vjp(fill, 1.0)[1](ct)[0] == ct[padding].sum()
+
+
+def test_gradients_gather():
+    n = jnp.array([2, 4, 0, 1])
+    for f, x in (
+        (partial(pack_segments, max_length=3), jnp.ones((11, 2))),
+        (partial(unpack_segments, total_length=9), jnp.ones((4, 5, 2))),
+    ):
+
+        def loss(x, f=f):
+            return (f(x, n) ** 3).sum()
+
+        def second(x, loss=loss):
+            return (jax.grad(loss)(x) ** 2).sum()
+
+        remat = jax.checkpoint(loss)
+        mapped = jax.vmap(jax.grad(loss))
+        for g, operand in (
+            (jax.grad(second), x),
+            (jax.grad(remat), x),
+            (mapped, x[None]),
+        ):
+            text = jax.jit(g).lower(operand).compile().as_text()
+            assert "scatter(" not in text
+
+
+@pytest.mark.parametrize("axes", ((0, 0), (0, None), (None, 0), (1, 1), (2, None)))
+def test_mapped_over_any_operand(axes):
+    x_axis, n_axis = axes
+    lengths = np.array([[2, 4, 0, 1], [9, 9, -1, 0], [0, 0, 3, 8]], np.int32)
+    xs, cts = bits(3, 11, 2), bits(3, 4, 3, 2)
+
+    def f(x, n, ct):
+        out, vjp = jax.vjp(lambda x: pack_segments(x, n, max_length=3), x)
+        return out, vjp(ct)[0]
+
+    x = xs[0] if x_axis is None else np.moveaxis(xs, 0, x_axis)
+    n = lengths[0] if n_axis is None else np.moveaxis(lengths, 0, n_axis)
+    outs, gradients = jax.jit(jax.vmap(f, (*axes, 0)))(x, n, cts)
+    for b in range(3):
+        n = lengths[0 if n_axis is None else b]
+        x = xs[0 if x_axis is None else b]
+        assert_same_bits(outs[b], _reference.pack(x, n, max_length=3))
+        assert_same_bits(gradients[b], rows_to_flat(cts[b], n.tolist(), 11))

@@ -4,9 +4,6 @@ The reversal is its own transpose, so the gradient is right exactly where the co
 comes back as the reference reverses it.
 """
 
-import contextlib
-from functools import partial
-
 import chex
 import jax
 import jax.numpy as jnp
@@ -15,7 +12,7 @@ import pytest
 from jax import lax
 
 from jax_revseg import reverse_sequence
-from tests.cases import SMALL, Case, assert_same_bits, enable_x64, random_bits
+from tests.cases import SMALL, Case, assert_same_bits, random_bits
 
 XS = [case.x() for case in SMALL]
 SEGMENTS = [case.segments() for case in SMALL]
@@ -161,41 +158,3 @@ def test_while_loop_on_segments():
     for step in range(2):
         expected = case.expected(expected, lengths + step)
     chex.assert_trees_all_equal(run(x, lengths)[0], expected)
-
-
-CONTEXTS = {
-    "none": contextlib.nullcontext,
-    "disable_jit": jax.disable_jit,
-    "debug_nans": partial(jax.debug_nans, True),
-    "debug_key_reuse": partial(jax.debug_key_reuse, True),
-    "checking_leaks": jax.checking_leaks,
-    "rank_promotion": partial(jax.numpy_rank_promotion, "raise"),
-    "dtype_promotion": partial(jax.numpy_dtype_promotion, "strict"),
-    "x64": enable_x64,
-}
-
-
-@pytest.mark.parametrize("jit", (False, True), ids=("eager", "jit"))
-@pytest.mark.parametrize("context", CONTEXTS.values(), ids=CONTEXTS)
-def test_under_a_setting(context, jit):
-    """Fails on endless recursion, a leaked tracer, a dtype that hangs on x64."""
-    x = np.arange(56, dtype=np.float32).reshape(4, 7, 2)  # No NaN that we planted.
-    # Eagerly each operation is compiled alone, so two encodings are enough.
-    chosen = range(len(SMALL)) if jit else (0, 2)
-    cases = [SMALL[i] for i in chosen]
-
-    def run(x, segments):
-        outs = []
-        for case, s in zip(cases, segments, strict=True):
-            y, vjp = jax.vjp(lambda x: case.call(x, s), x)  # noqa: B023
-            outs.append((y, *vjp(y), case.call(x, s, padding_value=7.0)))
-        return outs
-
-    with context():
-        segments = [jnp.asarray(SEGMENTS[i]) for i in chosen]
-        outs = (jax.jit(run) if jit else run)(x, segments)
-    for case, s, (y, x_bar, filled) in zip(cases, segments, outs, strict=True):
-        s = np.asarray(s)
-        assert_same_bits(y, case.expected(x, s), case.name)
-        assert_same_bits(x_bar, x, case.name)
-        assert_same_bits(filled, case.expected(x, s, 7.0), case.name)
