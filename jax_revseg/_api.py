@@ -19,7 +19,7 @@ from jax_revseg._arguments import (
 )
 from jax_revseg._layout import Layout
 from jax_revseg._linear import compiled
-from jax_revseg._lowering import align, packed_ends, padding_mask, starts_of
+from jax_revseg._lowering import fill, packed_ends, starts_of
 from jax_revseg._primitive import bind
 from jax_revseg._segments import parse_segments
 from jax_revseg._sharded_axis import whole_rows
@@ -33,14 +33,6 @@ def _reverse(x: jax.Array, segments: Any, layout: Layout, how: Any) -> jax.Array
 
 def _bind(layout, how, x, segments):
     return bind(x, segments, layout, how)
-
-
-def _fill(layout, constant, out, segments, value):
-    if 0 in out.shape:  # For an empty array, `where` returns the value's type.
-        return out
-    value = constant.array() if constant else value
-    mask = padding_mask(segments, out.shape[layout.axis], layout)
-    return jnp.where(align(mask, out.ndim, layout), value, out)
 
 
 def _totals(layout, x, lengths):
@@ -65,7 +57,7 @@ def reverse_rows(
     out = _reverse(x, segments, layout, implementation)
     if padding_value is not None:
         constant, value = split_constant(padding_value)
-        out = compiled(_fill, layout, constant)(out, segments, value)
+        out = compiled(fill, layout, constant)(out, segments, value)
     return restore(out)
 
 

@@ -6,6 +6,8 @@ Output position `t` of a segment that covers `[start, end)` reads input position
 
 from __future__ import annotations
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -188,6 +190,15 @@ def align(values: jax.Array, ndim: int, layout: Layout) -> jax.Array:
     order = sorted(range(len(axes)), key=axes.__getitem__)
     others = [a for a in range(ndim) if a not in axes]
     return lax.expand_dims(lax.transpose(values, order), others)
+
+
+def fill(layout: Layout, constant: Any, x: jax.Array, segments: Any, value: Any):
+    """Writes a scalar, a `Constant` or else `value`, into the padding of `x`."""
+    if 0 in x.shape:  # For an empty array, `where` returns the value's type.
+        return x
+    value = constant.array() if constant else value
+    mask = padding_mask(segments, x.shape[layout.axis], layout)
+    return jnp.where(align(mask, x.ndim, layout), value, x)
 
 
 def to_bits(x: jax.Array) -> jax.Array:

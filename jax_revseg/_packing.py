@@ -7,14 +7,16 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import lax
 from jax.typing import ArrayLike
 
 from jax_revseg._arguments import Call, Integers, split_constant
+from jax_revseg._layout import Layout
 from jax_revseg._linear import compiled
-from jax_revseg._lowering import packed_ends, saturate, starts_of
+from jax_revseg._lowering import fill, packed_ends, saturate, starts_of
 from jax_revseg._pack_primitive import bind
 from jax_revseg._segments import parse_segments
+
+_ROWS = Layout("padded", axis=1, batch_axes=(0,))  # One segment a row.
 
 
 def pack_segments(
@@ -65,7 +67,7 @@ def pack_segments(
     rows = bind(x, values, size=max_length, unpack=False)
     if constant is not None and not any(constant.bits):  # The padding is zero already.
         return rows
-    return compiled(_fill, constant)(rows, x, values, value)
+    return compiled(_fill_rows, constant)(rows, x, values, value)
 
 
 def unpack_segments(
@@ -161,14 +163,9 @@ def _cut_host_lengths(call: Call, lengths: np.ndarray, limit: Any) -> np.ndarray
     return np.minimum(lengths, min(limit, 2**31 - 1)).astype(np.int32)
 
 
-def _fill(constant, rows, x, lengths, value):
-    if 0 in rows.shape:  # For an empty array, `where` returns the value's type.
-        return rows
+def _fill_rows(constant, rows, x, lengths, value):
     ends = packed_ends(lengths, x.shape[0])
-    counts = (ends - starts_of(ends))[:, None]
-    i = lax.broadcasted_iota(ends.dtype, rows.shape[:2], 1)
-    padding = lax.expand_dims(i >= counts, range(2, rows.ndim))
-    return jnp.where(padding, constant.array() if constant else value, rows)
+    return fill(_ROWS, constant, rows, ends - starts_of(ends), value)
 
 
 def _saturate(x, lengths):
