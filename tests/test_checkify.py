@@ -282,3 +282,23 @@ def test_packing_reports_bad_lengths(f, wrong, right, message):
     for run in (f, jax.jit(f)):
         assert re.search(message, error_of(run, X, jnp.array(wrong)))
         assert error_of(run, X, jnp.array(right)) is None
+
+
+def test_checks_of_indices_and_floats_find_nothing():
+    def run(x, n):
+        rows = pack_segments(x[0], n, max_length=4)
+        return (
+            unpack_segments(rows, n, total_length=9),
+            reverse_sequence(x, n, padding_value=0),
+            reverse_segment_order(x, n[:, None]),
+            scan_segments(lambda c, x: (c + x, c), jnp.zeros(4), x, n),
+            associative_scan_segments(jnp.add, x, n),
+        )
+
+    def loss(x, n):
+        return sum(leaf.sum() for leaf in jax.tree.leaves(run(x, n)))
+
+    few = jnp.array([3, 2, 0, 1])
+    check = checkify.checkify(jax.value_and_grad(loss), errors=checkify.all_checks)
+    error, _ = jax.jit(check)(X, few)
+    assert error.get() is None

@@ -46,6 +46,7 @@ TYPE_ERRORS = (
     (lambda: seq(X, [1.0, 2, 3]), r"lengths has dtype float64.*integers.*astype\(int"),
     (lambda: seq(X, jnp.ones(3)), r"lengths has dtype float32.*integers"),
     (lambda: seq(X, 1j), r"lengths has dtype complex128.*integers"),
+    (lambda: seq(X, np.ma.masked_equal([1, 2, 3], 2)), r"lengths.*masked"),
     (lambda: seq(X, None), r"lengths is None of type NoneType.*integers"),
     (lambda: seq(X, "abc"), r"lengths is 'abc' of type str.*integers"),
     (lambda: seq(X, [1, None, 2]), r"lengths is \[1, None, 2\] of type list"),
@@ -61,6 +62,9 @@ TYPE_ERRORS = (
         lambda: seg(X, segment_ids=[[0] * 4] * 3, padding_id=0.5),
         r"padding_id is 0\.5 of type float; use an int",
     ),
+    (lambda: seq(X, [1] * 3, axis_name=0), r"axis_name is 0"),
+    (lambda: seq(X, [1] * 3, axis_name=()), r"axis_name is \(\)"),
+    (lambda: seq(X, [1] * 3, axis_name=["d"]), r"axis_name is \['d'\]"),
     # What fits into the dtype of x.
     (
         lambda: seq(X, [1] * 3, padding_value=1e300),
@@ -119,6 +123,17 @@ VALUE_ERRORS = (
         lambda: seq(X, [1] * 3, implementation="cuda"),
         r"implementation is 'cuda'; use None or one of \('xla', 'pallas'\)",
     ),
+    (
+        lambda: seq(X, [1] * 3, implementation=["xla"]),
+        r"implementation is \['xla'\]; use None or one of",
+    ),
+    (
+        lambda: bidirectional(lambda x: {"a": x}, lambda x: (x,))(X, [1] * 3),
+        "structure",
+    ),
+    # One segment axis for the whole batch.
+    (lambda: seg(jnp.ones((3, 9)), jnp.ones(3, int)), "axis=0"),
+    (lambda: seg(X, cu_seqlens=jnp.arange(4)), "axis=0"),
     # Rank and shape.
     (lambda: seq(np.float32(1), 1), r"x has rank 0.*at least 1 axis.*x\[None\]"),
     (lambda: seq(jnp.ones(()), 1), r"x has rank 0 \(shape \(\)\)"),
@@ -170,6 +185,7 @@ VALUE_ERRORS = (
         lambda: seq(X, [1] * 3, padding_value=jnp.ones(2)),
         r"padding_value has shape \(2,\).*\(\)",
     ),
+    (lambda: seq(X, [1] * 3, axis_name=("d", "d")), r"axis_name is.*each once"),
     (lambda: seq(X, [1] * 3, axis_name="i"), r"axis_name is 'i'.*shard_map"),
     # Packing.
     (lambda: pack_segments(X, [[1]], max_length=2), r"lengths has rank 2.*rank 1"),
@@ -303,3 +319,46 @@ def test_offsets_at_the_limits(dtype):
         on_device = jnp.asarray(offsets.astype(dtype))
         assert on_device.dtype == dtype
         assert_same_bits(reverse_segments(x, cu_seqlens=on_device), expected)
+
+
+@pytest.mark.parametrize(
+    "value, dtype",
+    (
+        (np.array(2**40), np.int32),
+        (np.array(2**31), np.int32),
+        (-1, np.uint8),
+        (2.5, np.int8),
+        (np.nan, np.int32),
+        (np.array(1e300), np.float32),
+        (1e300, np.complex64),
+        (10**400, np.complex64),
+        (np.nan, ml_dtypes.float4_e2m1fn),
+        (np.inf, ml_dtypes.float8_e4m3fn),
+        (0, ml_dtypes.float8_e8m0fnu),
+        (8, ml_dtypes.int4),
+        (np.ma.masked, np.float32),
+    ),
+    ids=str,
+)
+def test_padding_values_that_do_not_fit_raise(value, dtype):
+    x = np.ones((2, 4)).astype(dtype)
+    for call in (
+        lambda: reverse_sequence(x, [1, 2], padding_value=value),
+        lambda: pack_segments(x, [1, 1], max_length=2, padding_value=value),
+    ):
+        with pytest.raises(TypeError, match="padding_value"):
+            call()
+
+
+def test_padding_values_that_fit_are_cast():
+    for value, dtype in (
+        (0.0, np.int32),
+        (np.uint64(2**31 - 1), np.int32),
+        (np.nan, np.float16),
+        (True, np.float32),
+        (7, ml_dtypes.int4),
+        (0.1, ml_dtypes.bfloat16),
+    ):
+        out = reverse_sequence(np.ones(2).astype(dtype), 1, padding_value=value)
+        desired = np.asarray(value).astype(dtype)
+        assert out.dtype == dtype and np.asarray(out)[1].tobytes() == desired.tobytes()

@@ -239,3 +239,14 @@ def test_mapped_over_any_operand(axes):
         x = xs[0 if x_axis is None else b]
         assert_same_bits(outs[b], _reference.pack(x, n, max_length=3))
         assert_same_bits(gradients[b], rows_to_flat(cts[b], n.tolist(), 11))
+
+
+def test_empty_results_stay_on_their_device():
+    device = jax.devices()[3]
+    put = partial(jax.device_put, device=device)
+    for out in (
+        pack_segments(put(jnp.ones((0, 2))), [0, 0], max_length=2),
+        unpack_segments(put(jnp.ones((0, 3, 2))), [], total_length=2),
+        unpack_segments(put(jnp.ones((2, 0, 2))), [0, 0], total_length=2),
+    ):
+        assert out.devices() == {device}

@@ -548,6 +548,7 @@ ERRORS = (
      lambda: scan(SUM, ZEROS, {"a": DIGITS}, [1, 5])),
     (ValueError, r"xs\['b'\] has shape \(2, 3\)",
      lambda: scan(SUM, ZEROS, {"a": DIGITS, "b": DIGITS[:, :3]}, [1, 1])),
+    (ValueError, r"^(?!.*batch_axis).*2.*3", lambda: scan(SUM, ZEROS, DIGITS, [1] * 3)),
     (ValueError, r"xs has shape \(4, 2\).*time-major, use axis=0",
      lambda: scan(SUM, ZEROS, DIGITS.T, [1, 1])),
     (ValueError, r"init\[0\] has shape \(3,\).*batch axes \(2,\)",

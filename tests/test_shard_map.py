@@ -21,6 +21,7 @@ from jax_revseg import (
     pack_segments,
     reverse_segment_order,
     reverse_segments_p,
+    reverse_sequence,
     unpack_segments,
 )
 from jax_revseg._layout import Layout
@@ -260,3 +261,19 @@ def test_pmap():
         assert_same_bits(y[:, 0], case.expected(np.tile(x, (8, 1, 1)), s), case.name)
         want_bar += case.expected(ct[:, 0], s).sum(0)
     np.testing.assert_array_equal(x_bar, want_bar)
+
+
+def test_empty_arrays_vary_over_devices():
+    """Fails if `out_specs=P()` accepts a result of which each device has another."""
+    n = jnp.ones(4, int)
+    for f, x in (
+        (partial(reverse_sequence, padding_value=1.0), jnp.ones((4, 0))),
+        (lambda x, n: pack_segments(x[:0], n, max_length=2), jnp.ones((4, 2))),
+        (lambda x, n: unpack_segments(x[:, :0], n, total_length=2), jnp.ones((4, 2))),
+        (lambda x, n: unpack_segments(x[:0], n[:0], total_length=2), jnp.ones((4, 2))),
+    ):
+        run = partial(jax.shard_map, f, mesh=MESH, in_specs=(P("a"), P("a")))
+        # JAX 0.7 cannot run any program on an empty array with a sharding.
+        jax.eval_shape(run(out_specs=P("a")), x, n)
+        with pytest.raises(ValueError):
+            jax.eval_shape(run(out_specs=P()), x, n)
