@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jax.tree_util import keystr, tree_map_with_path
+from jax.tree_util import keystr, tree_leaves_with_path, tree_map_with_path
 
 from jax_revseg._arguments import Call
 from jax_revseg._carry import alike
@@ -32,18 +32,16 @@ class Rows(NamedTuple):
     xs: Any
     layout: Layout  # Of each array in xs.
     valid: jax.Array
-    keys: jax.Array | None  # One number a segment; None where a row has one.
+    keys: jax.Array | None  # They differ between neighbouring segments; None for masks.
 
     @property
     def batch(self) -> tuple[int, ...]:
         """The sizes of the batch axes."""
         return self.valid.shape[:-1]
 
-    def goes_on(self, reverse: bool) -> jax.Array:
-        """Whether a step takes the carry of the step before it, in this direction."""
-        if self.keys is None:
-            return self.valid
-        return compiled(_goes_on, reverse)(self.valid, self.keys)
+    def starts(self, reverse: bool) -> jax.Array:
+        """Whether a step starts a segment, in this direction, or is padding."""
+        return compiled(_starts, reverse)(self.valid, self.keys)
 
 
 def parse_rows(
@@ -51,6 +49,10 @@ def parse_rows(
 ) -> Rows:
     """Returns the arrays of the pytree `xs`, and the masks that its segments need."""
     xs, segments, layout = parse_arrays(call, name, xs, axis, **encodings)
+    for path, x in tree_leaves_with_path(xs):
+        _check_whole(call, f"{name}{keystr(path)}", x, layout.axis)
+    if layout.kind in ("ids", "mask"):
+        _check_whole(call, "segment_ids or mask", segments, segments.ndim - 1)
     first = jax.tree.leaves(xs)[0]
     masks = compiled(_masks, layout)(first, segments)
     batch = range(len(layout.batch_axes))
@@ -58,11 +60,23 @@ def parse_rows(
     return Rows(xs, layout, valid, keys)
 
 
+def _check_whole(call: Call, name: str, array: Any, axis: int) -> None:
+    over = jax.typeof(array).sharding.spec[axis]
+    if over is not None:
+        call.fail(
+            f"axis {axis} of {name}, the segment axis, is sharded over mesh axis "
+            f"{over!r}, but a scan runs along it; replicate that axis with "
+            "jax.sharding.reshard."
+        )
+
+
 def _masks(layout, x, segments):
     if layout.kind == "mask":  # A masked step holds the carry.
         return segments, None
     size = x.shape[layout.axis]
     valid = ~padding_mask(segments, size, layout)
+    if layout.kind == "ids":
+        return valid, segments
     t = lax.broadcasted_iota(jnp.int32, valid.shape, valid.ndim - 1)
     batch_axes = tuple(range(valid.ndim - 1))
     positions = layout._replace(axis=valid.ndim - 1, batch_axes=batch_axes)
@@ -71,10 +85,19 @@ def _masks(layout, x, segments):
     return valid, t + bind(t, segments, positions)
 
 
-def _goes_on(reverse, valid, keys):
-    # The roll compares the first step with the last, which does no harm: before the
-    # first step the carry is init.
-    return valid & (keys == jnp.roll(keys, -1 if reverse else 1, -1))
+def _starts(reverse, valid, keys):
+    if keys is None:
+        return ~valid
+    step = -1 if reverse else 1
+
+    def shift(values, step, edge):
+        sides = [(0, 0, 0)] * (values.ndim - 1) + [(step, -step, 0)]
+        return lax.pad(values, jnp.asarray(edge, values.dtype), sides)
+
+    # Each step looks at the next one, and the pad comes last: in an associative scan
+    # XLA:CPU would compute a comparison again for each of its many users.
+    next_valid, next_key = shift(valid, -step, False), shift(keys, -step, 0)
+    return shift(~next_valid | (keys != next_key), step, True)
 
 
 def fill_padding(reverse: bool, layout: Layout, x: jax.Array, valid: jax.Array):
@@ -107,15 +130,15 @@ def zero_padding(ys: jax.Array, valid: jax.Array) -> jax.Array:
     return select(valid, ys, jnp.zeros_like(ys))
 
 
-def loop(step: Any, unroll: Any, reverse: bool, init: Any, xs: Any, valid, goes_on):
+def loop(step: Any, unroll: Any, reverse: bool, init: Any, xs: Any, valid, starts):
     """Scans time-major arrays; returns the last carry of each row, and `ys`."""
 
     def body(carry: Any, inputs: Any) -> tuple[Any, Any]:
-        x, valid, goes_on = inputs
-        new, y = step(select(goes_on, carry, init), x)
+        x, valid, starts = inputs
+        new, y = step(select(starts, init, carry), x)
         return select(valid, new, carry), y
 
-    inputs = (xs, valid, goes_on)
+    inputs = (xs, valid, starts)
     carry, ys = lax.scan(body, init, inputs, reverse=reverse, unroll=unroll)
     return carry, jax.tree.map(lambda y: compiled(zero_padding)(y, valid), ys)
 
@@ -127,8 +150,8 @@ def inputs(rows: Rows, reverse: bool) -> tuple[Any, jax.Array, jax.Array]:
     xs = jax.tree.map(lambda x: jnp.moveaxis(x, rows.layout.axis, 0), rows.xs)
     fill = compiled(fill_padding, reverse, layout)
     xs = jax.tree.map(lambda x: fill(x, rows.valid), xs)
-    valid, goes_on = rows.valid, rows.goes_on(reverse)
-    return xs, jnp.moveaxis(valid, -1, 0), jnp.moveaxis(goes_on, -1, 0)
+    valid, starts = rows.valid, rows.starts(reverse)
+    return xs, jnp.moveaxis(valid, -1, 0), jnp.moveaxis(starts, -1, 0)
 
 
 def restore_axis(call: Call, ys: Any, axis: int) -> Any:

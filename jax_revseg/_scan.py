@@ -272,7 +272,7 @@ def associative_scan_segments(
     fill = compiled(fill_padding, reverse, layout)
     filled = jax.tree.map(lambda x: fill(x, rows.valid), rows.xs)
     rank = max(layout.axis, *layout.batch_axes, 0) + 1
-    starts = align(~rows.goes_on(reverse), rank, layout)
+    starts = align(rows.starts(reverse), rank, layout)
     step = partial(combine, call, fn)
     pairs = (starts, filled)
     return lax.associative_scan(step, pairs, reverse=reverse, axis=layout.axis)[1]

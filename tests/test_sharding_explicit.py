@@ -16,10 +16,12 @@ from jax.sharding import PartitionSpec as P
 
 from jax_revseg import (
     _reference,
+    associative_scan_segments,
     reverse_segment_order,
     reverse_segments,
     reverse_segments_p,
     reverse_sequence,
+    scan_segments,
 )
 from jax_revseg._layout import Layout
 from tests.cases import assert_same_bits
@@ -216,6 +218,18 @@ def test_errors(x_spec, rows, message, jit):
     f = reverse_sequence if len(rows) == 1 else reverse_segments
     with jax.set_mesh(MESH), pytest.raises(ValueError, match=re.compile(message, re.S)):
         (jax.jit(f) if jit else f)(x, lengths)
+
+
+@pytest.mark.parametrize("x_axis, ids_axis", (("a", None), (None, "a")))
+def test_scans_refuse_a_sharded_segment_axis(x_axis, ids_axis):
+    x = put(MESH, jnp.ones((4, 8)), None, x_axis)
+    ids = put(MESH, jnp.zeros((4, 8), int), None, ids_axis)
+    what = "elems|xs" if x_axis else "segment_ids"
+    scan = partial(scan_segments, lambda c, x: (c + x, x), jnp.zeros(4))
+    for f in (scan, partial(associative_scan_segments, jnp.add)):
+        message = f"axis 1 of ({what}).* 'a'.*reshard"
+        with jax.set_mesh(MESH), pytest.raises(ValueError, match=message):
+            f(x, segment_ids=ids)
 
 
 @pytest.mark.parametrize("placed", (True, False))
