@@ -28,7 +28,7 @@ from jax_revseg import (
 SCAN, ASSOCIATIVE, TWO_SCANS = "lax.scan", "lax.associative_scan", "two scan_segments"
 
 Shape = tuple[int, ...]  # N, T, D, and H where there is a cell.
-Way = Callable[[Any, jax.Array], jax.Array]  # Of parameters and x.
+Way = Callable[..., jax.Array]  # Of parameters, x and the segments.
 
 
 def gru(params: Any, h: jax.Array, x: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -95,17 +95,20 @@ def layer(kind: str, shape: Shape, directions: int) -> Layer:
 
 
 def of_jax(
-    ways: dict[str, Way], params: Any, x: Any, weights: Any, compared: str = "valid"
+    ways: dict[str, Way],
+    operands: tuple[Any, ...],
+    weights: Any,
+    compared: str = "valid",
 ) -> Iterator[Contender]:
-    """Each way, forward and gradient."""
+    """Each way, forward and gradient; XLA would evaluate constants beforehand."""
     for name, way in ways.items():
 
-        def loss(params: Any, x: jax.Array, way: Way = way) -> jax.Array:
-            return jnp.sum(way(params, x) * weights)
+        def loss(*operands: Any, way: Way = way) -> jax.Array:
+            return jnp.sum(way(*operands) * weights)
 
         functions = {"forward": way, "gradient": jax.grad(loss, (0, 1))}
         for direction, function in functions.items():
-            call = partial(jax.jit(function), params, x)
+            call = partial(jax.jit(function), *operands)
             yield Contender(name, repeat(call), "new", direction, compared)
 
 
@@ -134,26 +137,30 @@ def measure_scan(kind: str, shape: Shape, options: Options) -> Row:
     """What raggedness costs: `lax.scan` takes padding for steps."""
     step, params, init, x, lengths, valid, weights = layer(kind, shape, 1)
 
-    def masked(params: Any, x: jax.Array) -> jax.Array:
+    def masked(params: Any, x: jax.Array, segments: Any) -> jax.Array:
         def body(carry: Any, inputs: Any) -> tuple[Any, Any]:
             x, valid = inputs
             new, y = step(params, carry, x)
             held = jax.tree.map(lambda a, b: jnp.where(valid, a, b), new, carry)
             return held, jnp.where(valid, y, 0)
 
-        return run_scan(body, init, (x, valid[..., None]))
+        return run_scan(body, init, (x, segments["valid"][..., None]))
 
-    def ragged(params: Any, x: jax.Array, **segments: Any) -> jax.Array:
-        return scan_segments(partial(step, params), init, x, **segments)[1]
+    def ragged(params: Any, x: jax.Array, **encoding: Any) -> jax.Array:
+        return scan_segments(partial(step, params), init, x, **encoding)[1]
 
-    ids = dict(segment_ids=valid.astype(jnp.int32), padding_id=0)
+    segments = dict(valid=valid, lengths=lengths, ids=valid.astype(jnp.int32))
     ways: dict[str, Way] = {
-        SCAN: lambda params, x: run_scan(partial(step, params), init, x),
+        SCAN: lambda params, x, segments: run_scan(partial(step, params), init, x),
         "mask by hand": masked,
-        "scan_segments": partial(ragged, lengths=lengths),
-        "scan_segments, ids": partial(ragged, **ids),
+        "scan_segments": lambda params, x, segments: ragged(
+            params, x, lengths=segments["lengths"]
+        ),
+        "scan_segments, ids": lambda params, x, segments: ragged(
+            params, x, segment_ids=segments["ids"], padding_id=0
+        ),
     }
-    own = [*of_jax(ways, params[0], x, weights)]
+    own = [*of_jax(ways, (params[0], x, segments), weights)]
     check_alike(own, weights)
     return dict(group="scan", **measure(options, [SCAN], own))
 
@@ -164,35 +171,42 @@ def measure_associative(shape: Shape, options: Options) -> Row:
     ends = np.random.default_rng(2).random(shape[:2]) < 1 / 40
     ids = jnp.asarray(np.roll(ends, 1, 1).cumsum(1), jnp.int32)
     params = jax.nn.sigmoid(random(shape[2]))
-    last, first = (  # Steps of an episode.
-        jnp.pad(ids[:, 1:] != ids[:, :-1], ((0, 0), pad), constant_values=True)
-        for pad in ((0, 1), (1, 0))
-    )
+    other = ids[:, 1:] != ids[:, :-1]
+    segments = {  # The last and the first step of an episode.
+        "ids": ids,
+        "last": jnp.pad(other, ((0, 0), (0, 1)), constant_values=True),
+        "first": jnp.pad(other, ((0, 0), (1, 0)), constant_values=True),
+    }
 
     def combine(left: Any, right: Any) -> Any:
         return left[0] * right[0], right[0] * left[1] + right[1]
 
-    def scan(decay: Any, x: Any, resets: Any, reverse: bool) -> jax.Array:
-        decay = jnp.where(resets[..., None], 0, decay)
+    def scan(decay: Any, x: Any, reverse: bool) -> jax.Array:
+        decay = jnp.broadcast_to(decay, x.shape)
         return lax.associative_scan(combine, (decay, x), axis=1, reverse=reverse)[1]
 
-    def ragged(decay: Any, x: Any) -> jax.Array:
+    def reset(decay: Any, x: Any, resets: Any, reverse: bool) -> jax.Array:
+        return scan(jnp.where(resets[..., None], 0, decay), x, reverse)
+
+    def ragged(decay: Any, x: Any, segments: Any) -> jax.Array:
         elems = jnp.broadcast_to(decay, x.shape), x
         scan = partial(associative_scan_segments, combine, reverse=True)
-        return scan(elems, segment_ids=ids)[1]
+        return scan(elems, segment_ids=segments["ids"])[1]
 
-    reverse = partial(reverse_segments, segment_ids=ids)
-    base: dict[str, Way] = {
-        ASSOCIATIVE: lambda decay, x: scan(decay, x, jnp.zeros_like(last), True)
-    }
+    def reversing(decay: Any, x: Any, segments: Any) -> jax.Array:
+        reverse = partial(reverse_segments, segment_ids=segments["ids"])
+        return reverse(reset(decay, reverse(x), segments["first"], False))
+
+    base: dict[str, Way] = {ASSOCIATIVE: lambda decay, x, _: scan(decay, x, True)}
     ways: dict[str, Way] = {
-        "decay reset by hand": lambda decay, x: scan(decay, x, last, True),
-        "associative_scan_segments": ragged,
-        "reverse, scan, reverse": lambda decay, x: reverse(
-            scan(decay, reverse(x), first, False)
+        "decay reset by hand": lambda decay, x, segments: reset(
+            decay, x, segments["last"], True
         ),
+        "associative_scan_segments": ragged,
+        "reverse, scan, reverse": reversing,
     }
-    own = [*of_jax(base, params, x, weights, "none"), *of_jax(ways, params, x, weights)]
+    operands = params, x, segments
+    own = [*of_jax(base, operands, weights, "none"), *of_jax(ways, operands, weights)]
     check_alike(own, weights)
     return dict(group="associative", **measure(options, [ASSOCIATIVE], own))
 
@@ -202,17 +216,17 @@ def measure_bidirectional(kind: str, shape: Shape, options: Options) -> Row:
     data = layer(kind, shape, 2)
     step, params, init, x, lengths, _, weights = data
 
-    def one_loop(params: Any, x: jax.Array) -> jax.Array:
+    def one_loop(params: Any, x: jax.Array, lengths: Any) -> jax.Array:
         ys = bidirectional_scan(step, params, (init, init), x, lengths)[1]
         return jnp.concatenate(ys, -1)
 
-    def two_loops(params: Any, x: jax.Array) -> jax.Array:
+    def two_loops(params: Any, x: jax.Array, lengths: Any) -> jax.Array:
         fs = [partial(step, own) for own in params]
         forward = scan_segments(fs[0], init, x, lengths)[1]
         backward = scan_segments(fs[1], init, x, lengths, reverse=True)[1]
         return jnp.concatenate([forward, backward], -1)
 
-    def reversing(params: Any, x: jax.Array) -> jax.Array:
+    def reversing(params: Any, x: jax.Array, lengths: Any) -> jax.Array:
         layers = [partial(run_scan, partial(step, own), init) for own in params]
         return bidirectional(*layers)(x, lengths)
 
@@ -221,7 +235,7 @@ def measure_bidirectional(kind: str, shape: Shape, options: Options) -> Row:
         "bidirectional_scan": one_loop,
         "bidirectional": reversing,
     }
-    own = [*of_jax(ways, params, x, weights)]
+    own = [*of_jax(ways, (params, x, lengths), weights)]
     check_alike(own, weights)
     found, absent = gather({"Flax NNX": _flax(kind, data)}, lambda c: c.run(1))
     row = measure(options, [TWO_SCANS], [*own, *found])
@@ -237,9 +251,10 @@ def _flax(kind: str, data: Layer) -> Iterator[Contender]:
     both = nnx.Bidirectional(*layers, rngs=False)
     structure, params, rest = nnx.split(both, nnx.Param, ...)
 
-    def run(params: Any, x: jax.Array) -> Any:
+    def run(params: Any, x: jax.Array, lengths: Any) -> Any:
         carries = data.init, data.init
         model = nnx.merge(structure, params, rest)
-        return model(x, seq_lengths=data.lengths, initial_carry=carries)
+        return model(x, seq_lengths=lengths, initial_carry=carries)
 
-    yield from of_jax({"Flax NNX": run}, params, data.x, data.weights, "none")
+    operands = params, data.x, data.lengths
+    yield from of_jax({"Flax NNX": run}, operands, data.weights, "none")
