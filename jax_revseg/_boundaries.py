@@ -40,6 +40,12 @@ def to_words(bits: jax.Array) -> jax.Array:
     return jnp.sum(bits << _iota(bits.shape, bits.ndim - 1), -1, dtype=_WORD)
 
 
+def shift(values: jax.Array, by: int, edge: int = 0) -> jax.Array:
+    """Moves the last axis by some positions, and fills the free end with `edge`."""
+    sides = [(0, 0, 0)] * (values.ndim - 1) + [(by, -by, 0)]
+    return lax.pad(values, jnp.asarray(edge, values.dtype), sides)
+
+
 def take_last(values: jax.Array, index: jax.Array) -> jax.Array:
     """Indexes the last axis of each row."""
     last = values.ndim - 1
@@ -81,11 +87,9 @@ def _around_words(words: jax.Array) -> tuple[jax.Array, jax.Array]:
     if isinstance(count, int):
         before, after = _around_bits(to_words(words != 0), inclusive=False)
         return take_last(high, before[..., :count]), take_last(low, after[..., :count])
-    side = [(0, 0, 0)] * last
-    before = jnp.where(words != 0, high, 0)
-    before = _running_max(lax.pad(before, _WORD(0), [*side, (1, -1, 0)]))
+    before = _running_max(shift(jnp.where(words != 0, high, 0), 1))
     after = lax.rev(jnp.where(words != 0, ~low, 0), (last,))
-    after = ~_running_max(lax.pad(after, _WORD(0), [*side, (1, -1, 0)]))
+    after = ~_running_max(shift(after, 1))
     return before, lax.rev(after, (last,))
 
 

@@ -14,7 +14,7 @@ import numpy as np
 from jax import lax
 
 from jax_revseg import _compat
-from jax_revseg._boundaries import reverse_between, take_last, to_words
+from jax_revseg._boundaries import reverse_between, shift, take_last, to_words
 from jax_revseg._layout import Layout
 
 
@@ -64,8 +64,7 @@ def packed_ends(lengths: jax.Array, size: int) -> jax.Array:
 
 def starts_of(ends: jax.Array) -> jax.Array:
     """The start of each packed segment: the end of the segment before."""
-    side = [(0, 0, 0)] * (ends.ndim - 1)
-    return lax.pad(ends, jnp.zeros((), ends.dtype), [*side, (1, -1, 0)])
+    return shift(ends, 1)
 
 
 def _count_up_to(values: jax.Array, limits: jax.Array) -> jax.Array:

@@ -18,6 +18,7 @@ from jax import lax
 from jax.tree_util import keystr, tree_leaves_with_path, tree_map_with_path
 
 from jax_revseg._arguments import Call
+from jax_revseg._boundaries import shift
 from jax_revseg._carry import alike
 from jax_revseg._layout import Layout
 from jax_revseg._linear import compiled
@@ -88,16 +89,11 @@ def _masks(layout, x, segments):
 def _starts(reverse, valid, keys):
     if keys is None:
         return ~valid
-    step = -1 if reverse else 1
-
-    def shift(values, step, edge):
-        sides = [(0, 0, 0)] * (values.ndim - 1) + [(step, -step, 0)]
-        return lax.pad(values, jnp.asarray(edge, values.dtype), sides)
-
+    by = -1 if reverse else 1
     # Each step looks at the next one, and the pad comes last: in an associative scan
     # XLA:CPU would compute a comparison again for each of its many users.
-    next_valid, next_key = shift(valid, -step, False), shift(keys, -step, 0)
-    return shift(~next_valid | (keys != next_key), step, True)
+    next_valid, next_key = shift(valid, -by), shift(keys, -by)
+    return shift(~next_valid | (keys != next_key), by, True)
 
 
 def fill_padding(reverse: bool, layout: Layout, x: jax.Array, valid: jax.Array):
