@@ -52,8 +52,8 @@ def parse_rows(
     xs, segments, layout = parse_arrays(call, name, xs, axis, **encodings)
     for path, x in tree_leaves_with_path(xs):
         _check_whole(call, f"{name}{keystr(path)}", x, layout.axis)
-    if layout.kind in ("ids", "mask"):
-        _check_whole(call, "segment_ids or mask", segments, segments.ndim - 1)
+    if argument := {"ids": "segment_ids", "mask": "mask"}.get(layout.kind):
+        _check_whole(call, argument, segments, segments.ndim - 1)
     first = jax.tree.leaves(xs)[0]
     masks = compiled(_masks, layout)(first, segments)
     batch = range(len(layout.batch_axes))

@@ -86,8 +86,8 @@ def scan_segments(
     Raises:
         TypeError: A leaf is no array, `f` does not return a pair, or its carry differs
             from `init` in structure, shape or dtype.
-        ValueError: Not exactly one encoding is given, or shapes or host values do not
-            fit, as in `reverse_segments`.
+        ValueError: Not exactly one encoding is given, shapes or host values do not fit,
+            as in `reverse_segments`, or the segment axis is sharded.
 
     Example:
         >>> import jax.numpy as jnp
@@ -249,8 +249,8 @@ def associative_scan_segments(
     Raises:
         TypeError: A leaf of `elems` is no array, or the result of `fn` differs from
             `elems` in structure, shape or dtype.
-        ValueError: Not exactly one encoding is given, or shapes or host values do not
-            fit, as in `reverse_segments`.
+        ValueError: Not exactly one encoding is given, shapes or host values do not fit,
+            as in `reverse_segments`, or the segment axis is sharded.
 
     Example:
         >>> import jax.numpy as jnp

@@ -230,6 +230,9 @@ def test_scans_refuse_a_sharded_segment_axis(x_axis, ids_axis):
         message = f"axis 1 of ({what}).* 'a'.*reshard"
         with jax.set_mesh(MESH), pytest.raises(ValueError, match=message):
             f(x, segment_ids=ids)
+    message = f"axis 1 of ({'xs' if x_axis else 'mask'}),.* 'a'.*reshard"
+    with jax.set_mesh(MESH), pytest.raises(ValueError, match=message):
+        scan(x, mask=ids == 0)
 
 
 @pytest.mark.parametrize("placed", (True, False))
