@@ -197,12 +197,15 @@ def test_gradient_of_the_padding_value():
     assert jax.vjp(fill, 1.0)[1](ct)[0] == ct[padding].sum()
 
 
-def test_gradients_gather():
+def test_derivatives_of_any_order_gather():
+    """Fails on a scatter, or if remat or a second order loses a step."""
     n = jnp.array([2, 4, 0, 1])
-    for f, x in (
-        (partial(pack_segments, max_length=3), jnp.ones((11, 2))),
-        (partial(unpack_segments, total_length=9), jnp.ones((4, 5, 2))),
+    for f, kept in (
+        (partial(pack_segments, max_length=3), rows_to_flat(np.ones((4, 3)), n, 11)),
+        (partial(unpack_segments, total_length=9), np.arange(5) < np.array(n)[:, None]),
     ):
+        kept = np.stack([kept, kept], -1)
+        x = np.arange(kept.size, dtype=np.float32).reshape(kept.shape) % 7 - 3
 
         def loss(x, f=f):
             return (f(x, n) ** 3).sum()
@@ -210,25 +213,30 @@ def test_gradients_gather():
         def second(x, loss=loss):
             return (jax.grad(loss)(x) ** 2).sum()
 
-        remat = jax.checkpoint(loss)
-        mapped = jax.vmap(jax.grad(loss))
-        for g, operand in (
-            (jax.grad(second), x),
-            (jax.grad(remat), x),
-            (mapped, x[None]),
+        # Integers: exact. The loss sums the cubes of the steps that are kept.
+        for g, desired in (
+            (jax.grad(second), 36 * x**3),
+            (jax.grad(jax.checkpoint(loss)), 3 * x**2),
+            (lambda x, loss=loss: jax.vmap(jax.grad(loss))(x[None])[0], 3 * x**2),
         ):
-            text = jax.jit(g).lower(operand).compile().as_text()
-            assert "scatter(" not in text
+            compiled = jax.jit(g).lower(x).compile()
+            assert "scatter(" not in compiled.as_text()
+            np.testing.assert_array_equal(compiled(x), desired * kept)
 
 
+@pytest.mark.parametrize("unpack", (False, True), ids=("pack", "unpack"))
 @pytest.mark.parametrize("axes", ((0, 0), (0, None), (None, 0), (1, 1), (2, None)))
-def test_mapped_over_any_operand(axes):
+def test_mapped_over_any_operand(axes, unpack):
     x_axis, n_axis = axes
     lengths = np.array([[2, 4, 0, 1], [9, 9, -1, 0], [0, 0, 3, 8]], np.int32)
     xs, cts = bits(3, 11, 2), bits(3, 4, 3, 2)
+    call = partial(pack_segments, max_length=3)
+    if unpack:
+        xs, cts = bits(3, 4, 5, 2), bits(3, 9, 2)
+        call = partial(unpack_segments, total_length=9)
 
     def f(x, n, ct):
-        out, vjp = jax.vjp(lambda x: pack_segments(x, n, max_length=3), x)
+        out, vjp = jax.vjp(lambda x: call(x, n), x)
         return out, vjp(ct)[0]
 
     x = xs[0] if x_axis is None else np.moveaxis(xs, 0, x_axis)
@@ -237,8 +245,13 @@ def test_mapped_over_any_operand(axes):
     for b in range(3):
         n = lengths[0 if n_axis is None else b]
         x = xs[0 if x_axis is None else b]
-        assert_same_bits(outs[b], _reference.pack(x, n, max_length=3))
-        assert_same_bits(gradients[b], rows_to_flat(cts[b], n.tolist(), 11))
+        if unpack:
+            n = np.minimum(n, 5)
+            assert_same_bits(outs[b], _reference.unpack(x, n, total_length=9))
+            assert_same_bits(gradients[b], _reference.pack(cts[b], n, max_length=5))
+        else:
+            assert_same_bits(outs[b], _reference.pack(x, n, max_length=3))
+            assert_same_bits(gradients[b], rows_to_flat(cts[b], n.tolist(), 11))
 
 
 def test_empty_results_stay_on_their_device():
