@@ -16,7 +16,8 @@ def run_two(program: str, limit: float = 100) -> list[str]:
         address = f"127.0.0.1:{free.getsockname()[1]}"
     environment = os.environ | {
         "JAX_PLATFORMS": "cpu",
-        "XLA_FLAGS": "--xla_force_host_platform_device_count=2",
+        "XLA_FLAGS": "--xla_force_host_platform_device_count=2 "
+        "--xla_backend_optimization_level=0",
         "PYTHONPATH": str(ROOT),
     }
     processes = [
