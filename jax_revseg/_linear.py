@@ -13,7 +13,7 @@ from typing import Any
 import jax
 
 from jax_revseg import _compat
-from jax_revseg._compat import ad, mlir
+from jax_revseg._compat import ad, batching, mlir
 
 
 @lru_cache(maxsize=4096)
@@ -26,40 +26,46 @@ def compiled(fun: Callable[..., Any], *static: Any) -> Callable[..., Any]:
     return jax.jit(partial(fun, *static))
 
 
+def _check_operands(name: str, x: Any, segments: Any) -> None:
+    missing = _compat.varying(segments) - _compat.varying(x)
+    if missing:
+        # Without this check shard_map would take a result that differs between devices
+        # for a replicated one, and gradients would lack a sum.
+        raise ValueError(
+            f"{name}_p: segments vary over manual mesh axes {set(missing)} and x does "
+            "not; mark x with jax.lax.pcast(..., to='varying') first."
+        )
+    for what, operand in (("x", x), ("the lengths or ids", segments)):
+        spec = operand.sharding.spec
+        if spec.unreduced or spec.reduced:
+            raise ValueError(
+                f"{name}: {what} has sharding {spec}; partial sums (unreduced, "
+                "reduced) are not supported: use jax.sharding.reshard to a sharding "
+                "without them first."
+            )
+
+
 def linear_primitive(
     name: str,
     *,
     abstract_eval: Callable[..., Any],
     transpose: Callable[..., jax.Array],
+    batch: Callable[..., tuple[jax.Array, int]],
     check: Callable[..., Any],
 ) -> _compat.Primitive:
-    """Returns a primitive of `(x, segments)` with all rules but batching and lowering.
+    """Returns a primitive of `(x, segments)` with all rules but the lowering.
 
     Args:
         name: The name of the primitive in a jaxpr.
         abstract_eval: The type of the result; the varying axes are checked here.
         transpose: `transpose(ct, x_aval, segments, **params)`, one bind.
+        batch: `batch(x, x_dim, segments, segments_dim, **params)` for a mapped x.
         check: The checkify rule: see `_compat.register_checkify_rule`.
     """
     primitive = _compat.Primitive(name)
 
     def checked_abstract_eval(x, segments, **params):
-        missing = _compat.varying(segments) - _compat.varying(x)
-        if missing:
-            # Without this check shard_map would take a result that differs between
-            # devices for a replicated one, and gradients would lack a sum.
-            raise ValueError(
-                f"{name}_p: segments vary over manual mesh axes {set(missing)} and x "
-                "does not; mark x with jax.lax.pcast(..., to='varying') first."
-            )
-        for what, operand in (("x", x), ("the lengths or ids", segments)):
-            spec = operand.sharding.spec
-            if spec.unreduced or spec.reduced:
-                raise ValueError(
-                    f"{name}: {what} has sharding {spec}; partial sums (unreduced, "
-                    "reduced) are not supported: use jax.sharding.reshard to a "
-                    "sharding without them first."
-                )
+        _check_operands(name, x, segments)
         return abstract_eval(x, segments, **params)
 
     def jvp(tangent, x, segments, **params):
@@ -72,6 +78,16 @@ def linear_primitive(
         ct_x = transpose(ct, x.aval, segments, **params)
         return [_compat.reshard_to(ct_x, x.aval.sharding), None]
 
+    def batching_rule(axis_data, operands, dims, **params):
+        (x, segments), (x_dim, segments_dim) = operands, dims
+        if x_dim is None and segments_dim is None:
+            return primitive.bind(x, segments, **params), None  # JAX calls so, too.
+        if x_dim is None:
+            mesh_axis = axis_data.explicit_mesh_axis
+            x = batching.broadcast(x, axis_data.size, 0, mesh_axis=mesh_axis)
+            x_dim = 0
+        return batch(x, x_dim, segments, segments_dim, **params)
+
     def jet(primals, series, **params):
         # `jet.deflinear` would bind the zero series of the segments in their place.
         bind = partial(primitive.bind, **params)
@@ -82,6 +98,7 @@ def linear_primitive(
     primitive.def_abstract_eval(checked_abstract_eval)
     ad.defjvp(primitive, jvp, None)
     ad.primitive_transposes[primitive] = transpose_rule
+    batching.fancy_primitive_batchers[primitive] = batching_rule
     _compat.register_jet_rule(primitive, jet)
     _compat.register_checkify_rule(primitive, check)
     return primitive

@@ -19,7 +19,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from jax_revseg import _compat
 from jax_revseg._boundaries import take_last
-from jax_revseg._compat import batching, mlir
+from jax_revseg._compat import mlir
 from jax_revseg._linear import linear_primitive, lower
 from jax_revseg._lowering import packed_ends, segment_numbers, starts_of, to_bits
 from jax_revseg._primitive import length_error
@@ -95,18 +95,11 @@ def _pack_segments_transpose(ct, x, lengths, *, size, unpack, batch):
     return pack_segments_p.bind(ct, lengths, size=size, unpack=not unpack, batch=batch)
 
 
-def _pack_segments_batching(axis_data, operands, dims, *, size, unpack, batch):
-    (x, lengths), (x_dim, lengths_dim) = operands, dims
+def _pack_segments_batch(x, x_dim, lengths, lengths_dim, *, size, unpack, batch):
     pack = partial(bind, size=size, unpack=unpack)
     if lengths_dim is not None:
-        if x_dim is None:
-            mesh_axis = axis_data.explicit_mesh_axis
-            x = batching.broadcast(x, axis_data.size, 0, mesh_axis=mesh_axis)
-            x_dim = 0
         x, lengths = jnp.moveaxis(x, x_dim, 0), jnp.moveaxis(lengths, lengths_dim, 0)
         return pack(x, lengths, batch=batch + 1), 0
-    if x_dim is None:  # JAX calls with nothing mapped, too.
-        return pack(x, lengths, batch=batch), None
     # An axis of x alone is one more feature axis.
     features, out_features = batch + 1 + unpack, batch + 2 - unpack
     if x_dim < features:
@@ -131,7 +124,7 @@ pack_segments_p = linear_primitive(
     "pack_segments",
     abstract_eval=_pack_segments_abstract_eval,
     transpose=_pack_segments_transpose,
+    batch=_pack_segments_batch,
     check=_pack_segments_checkify,
 )
-batching.fancy_primitive_batchers[pack_segments_p] = _pack_segments_batching
 mlir.register_lowering(pack_segments_p, _pack_segments_lowering)

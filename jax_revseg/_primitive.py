@@ -19,7 +19,7 @@ import jax.numpy as jnp
 from jax.sharding import NamedSharding, PartitionSpec
 
 from jax_revseg import _compat
-from jax_revseg._compat import batching, mlir
+from jax_revseg._compat import mlir
 from jax_revseg._linear import linear_primitive, lower
 from jax_revseg._lowering import packed_sums, reverse_gather
 
@@ -83,14 +83,9 @@ def _reverse_segments_transpose(ct, x, segments, **params):
     return reverse_segments_p.bind(ct, segments, **params)
 
 
-def _reverse_segments_batching(axis_data, operands, dims, *, layout, implementation):
-    (x, segments), (x_dim, segments_dim) = operands, dims
-    if x_dim is None and segments_dim is None:  # JAX calls with nothing mapped, too.
-        return bind(x, segments, layout, implementation), None
-    if x_dim is None:
-        mesh_axis = axis_data.explicit_mesh_axis
-        x = batching.broadcast(x, axis_data.size, 0, mesh_axis=mesh_axis)
-        x_dim = 0
+def _reverse_segments_batch(
+    x, x_dim, segments, segments_dim, *, layout, implementation
+):
     if segments_dim is not None and segments_dim > len(layout.batch_axes):
         segments = jnp.moveaxis(segments, segments_dim, 0)  # Not behind K or T.
         segments_dim = 0
@@ -170,9 +165,9 @@ reverse_segments_p = linear_primitive(
     "reverse_segments",
     abstract_eval=_reverse_segments_abstract_eval,
     transpose=_reverse_segments_transpose,
+    batch=_reverse_segments_batch,
     check=_reverse_segments_checkify,
 )
-batching.fancy_primitive_batchers[reverse_segments_p] = _reverse_segments_batching
 mlir.register_lowering(reverse_segments_p, _reverse_segments_lowering)
 mlir.register_lowering(
     reverse_segments_p,
