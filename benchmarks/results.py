@@ -5,7 +5,6 @@ A row names the run that it is from: a file may be filled in several runs.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import platform
@@ -20,12 +19,6 @@ from benchmarks.timing import Row, device
 
 FOLDER = Path(__file__).parent / "results"
 PACKAGES = ("jax", "jaxlib", "numpy", "flax", "torch", "onnxruntime", "tensorflow-cpu")
-
-
-def source() -> str:
-    """A hash of the library's code, which tells stale figures."""
-    files = sorted(Path(jax_revseg.__file__).parent.glob("*.py"))
-    return hashlib.sha256(b"".join(f.read_bytes() for f in files)).hexdigest()[:12]
 
 
 def machine() -> str:
@@ -59,8 +52,7 @@ class Results:
         if self.path.exists():
             self.data = json.loads(self.path.read_text())
         self.at = datetime.now(UTC).isoformat(timespec="seconds")
-        load = round(os.getloadavg()[0], 2)
-        self.run = dict(load_before=load, source=source(), versions=versions())
+        self.run = dict(versions=versions())
 
     def add(self, name: str, row: Row) -> None:
         rows, runs = self.data["rows"], self.data["runs"]

@@ -21,7 +21,7 @@ from tests.cases import DTYPES, LAYOUTS, WIDE, Case, bit_width, random_bits
 
 _COMMON = dict(deadline=None, suppress_health_check=list(HealthCheck))
 # The same examples each time, so that a change is to blame for what fails.
-settings.register_profile("normal", max_examples=60, derandomize=True, **_COMMON)
+settings.register_profile("normal", max_examples=40, derandomize=True, **_COMMON)
 settings.register_profile("fuzz", max_examples=20_000, print_blob=True, **_COMMON)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "normal"))
 
