@@ -48,6 +48,27 @@ def test_values(kind):
         assert_same_bits(unpacked, expected)
 
 
+def test_starts_in_several_words():
+    """Fails if the number of a segment is wrong past the first word of 32 positions."""
+    rng = np.random.default_rng(0)
+    x = np.arange(300, dtype=np.int32)
+    rows = np.arange(90 * 40, dtype=np.int32).reshape(90, 40)
+    few = np.where(np.arange(90) % 11, 0, 37)  # Whole words without a start.
+    batch = np.stack([few, np.ones(90), *rng.integers(0, 6, (3, 90))]).astype(np.int32)
+    sizes = (32, 33, 64, 65, 300)
+
+    @jax.jit
+    def run(lengths):
+        unpacked = [unpack_segments(rows, lengths, total_length=n) for n in sizes]
+        return pack_segments(x, lengths, max_length=40), unpacked
+
+    for lengths in batch:
+        packed, unpacked = run(lengths)
+        assert_same_bits(packed, _reference.pack(x, lengths, max_length=40))
+        for n, out in zip(sizes, unpacked, strict=True):
+            assert_same_bits(out, _reference.unpack(rows, lengths, total_length=n))
+
+
 @pytest.mark.parametrize("kind", ("some", "all"))
 def test_host_lengths(kind):
     """Fails if the checked way through the code gives something else."""
