@@ -26,7 +26,7 @@ from jax_revseg._sharded_axis import whole_rows
 
 
 def _reverse(x: jax.Array, segments: Any, layout: Layout, how: Any) -> jax.Array:
-    if _compat.staged(x, segments):
+    if _compat.staged():
         return bind(x, segments, layout, how)
     return compiled(_bind, layout, how)(x, segments)  # Half the time of an eager bind.
 
@@ -123,7 +123,7 @@ def reverse_sequence(
     call = Call("reverse_sequence", "x", axis_name)
     x = call.array(x)
     segments, layout = parse_segments(call, x, axis, batch_axis, lengths=lengths)
-    value = call.scalar(padding_value, x.dtype)
+    value = call.scalar(padding_value, x)
     how = call.implementation(implementation)
     return reverse_rows(call, x, segments, layout, value, how)
 
@@ -217,7 +217,7 @@ def reverse_segments(
         segment_ids=segment_ids,
         cu_seqlens=cu_seqlens,
     )
-    value = call.scalar(padding_value, x.dtype)
+    value = call.scalar(padding_value, x)
     how = call.implementation(implementation)
     return reverse_rows(call, x, segments, layout, value, how)
 

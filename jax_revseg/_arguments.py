@@ -106,10 +106,11 @@ class Call(NamedTuple):
             self.fail(f"implementation is {value!r}; use None or one of {names}.")
         return value
 
-    def scalar(self, value: Any, dtype: Any) -> Constant | jax.Array | None:
+    def scalar(self, value: Any, x: jax.Array) -> Constant | jax.Array | None:
         """Casts `padding_value` to the dtype of the array, or raises."""
         if value is None:
             return None
+        dtype = x.dtype
         host = isinstance(value, (bool, int, float, complex))
         host |= hasattr(value, "__array__") and not isinstance(value, jax.Array)
         shape = np.shape(value) if host else getattr(value, "shape", None)

@@ -53,11 +53,9 @@ def struct_like(x: jax.Array) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(x.shape, x.dtype, **varying)
 
 
-def staged(x: Any, segments: Any, *_: Any) -> bool:
-    """Returns whether operations on these operands are traced, not run at once."""
-    tracer = core.Tracer
-    traced = isinstance(x, tracer) or isinstance(segments, tracer)
-    return traced or not core.trace_ctx.is_top_level()
+def staged() -> bool:
+    """Returns whether operations are traced here, not run at once."""
+    return not core.trace_ctx.is_top_level()
 
 
 def reshard_to(x: jax.Array, sharding: NamedSharding) -> jax.Array:

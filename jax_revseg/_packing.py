@@ -62,7 +62,7 @@ def pack_segments(
     values = _rank_one(call, lengths)
     values, _ = parse_segments(call, x, 0, (), lengths_kind="packed", lengths=values)
     max_length = _size_or(call, "max_length", max_length, values, np.max)
-    value = call.scalar(padding_value, x.dtype)
+    value = call.scalar(padding_value, x)
     constant, value = split_constant(value)
     rows = bind(x, values, size=max_length, unpack=False)
     if constant is not None and not any(constant.bits):  # The padding is zero already.

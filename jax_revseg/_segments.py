@@ -31,13 +31,15 @@ def parse_segments(
     **encodings: Any,
 ) -> tuple[Any, Layout]:
     """Returns the segments, from the one encoding that is given, and their layout."""
-    given = [name for name in encodings if encodings[name] is not None]
-    if len(given) != 1 < len(encodings):
+    given = encodings
+    if len(encodings) > 1:
+        given = {name: value for name, value in encodings.items() if value is not None}
+    if len(given) != 1:
         call.fail(
             f"got {' and '.join(given) or 'none'} of {', '.join(encodings)}; give "
             "exactly one of them."
         )
-    (name,) = given or encodings
+    ((name, encoding),) = given.items()
     if padding_id is not None:
         if name != "segment_ids":
             call.fail(
@@ -48,7 +50,7 @@ def parse_segments(
     devices = call.devices  # Raises for a bad axis_name.
     kind = lengths_kind if name == "lengths" else _KINDS[name]
     parse = call.booleans if kind == "mask" else call.integers
-    values = parse(name, encodings[name])
+    values = parse(name, encoding)
     if axis is not None:
         axis = call.integer("axis", axis)
     if batch_axis is not None:
