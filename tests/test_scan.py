@@ -113,10 +113,10 @@ def gru(w, carry, x):
 
 
 def norm(w, carry, x):
-    """The derivative is infinite where x is 0, and where the carry is 0."""
+    """The derivative is infinite where x or the carry is 0, and NaN below 0."""
     h, count = carry
     size = jnp.sqrt(jnp.sum((x["a"] @ w["z"]) ** 2, -1, keepdims=True))
-    h = jnp.sqrt(h**2 + size) * jnp.log(1 + size) / x["b"][:, None]
+    h = jnp.sqrt(h**2 + size) * jnp.log(1 + size) / jnp.sqrt(x["b"])[:, None]
     return (h, count), {"h": h, "log": jnp.log(h)}
 
 
