@@ -73,7 +73,7 @@ endef
 # other targets compile as users do.
 test: export XLA_FLAGS ?= --xla_backend_optimization_level=0
 test: .venvs/test/.stamp ## the tests, on the newest JAX that python3 gets
-	$(call pytest,test,-m "not peers and not kernel")
+	$(call pytest,test,-m "not peers and not kernel and not docs")
 
 test-versions: ## the tests on the oldest, a middle and the newest JAX
 	$(MAKE) --no-print-directory --keep-going $(VERSIONS:%=test-jax-%)
@@ -124,7 +124,8 @@ format: .venvs/dev/.stamp ## ruff, which mends what it can
 types: .venvs/dev/.stamp ## pyright
 	.venvs/dev/bin/pyright --pythonpath .venvs/dev/bin/python
 
-docs: .venvs/dev/.stamp ## the site, in docs/_build/html; warnings are errors
+docs: .venvs/dev/.stamp .venvs/test/.stamp ## run the code in pages, build the site
+	$(call pytest,test,-m docs)
 	.venvs/dev/bin/python -m sphinx --quiet \
 	  -b linkcheck docs docs/_build/linkcheck
 	.venvs/dev/bin/python -m sphinx --fail-on-warning --keep-going -b html \

@@ -50,7 +50,9 @@ def run(sybil, path, at_least):
     "page",
     [
         pytest.param(
-            page, id=page.name, marks=[pytest.mark.peers] * (page.name in PEERS)
+            page,
+            id=page.name,
+            marks=pytest.mark.peers if page.name in PEERS else pytest.mark.docs,
         )
         for page in PAGES
         if "```python" in page.read_text()
@@ -145,6 +147,7 @@ def test_make_targets_exist():
             assert name in targets, f"{page.name}: make {name}"
 
 
+@pytest.mark.docs
 @pytest.mark.parametrize(
     "path", sorted((ROOT / "jax_revseg").glob("*.py")), ids=lambda path: path.name
 )
