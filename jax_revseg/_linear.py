@@ -80,8 +80,8 @@ def linear_primitive(
 
     def batching_rule(axis_data, operands, dims, **params):
         (x, segments), (x_dim, segments_dim) = operands, dims
-        if x_dim is None and segments_dim is None:
-            return primitive.bind(x, segments, **params), None  # JAX calls so, too.
+        if x_dim is None and segments_dim is None:  # JAX also calls it for nothing.
+            return primitive.bind(x, segments, **params), None
         if x_dim is None:
             mesh_axis = axis_data.explicit_mesh_axis
             x = batching.broadcast(x, axis_data.size, 0, mesh_axis=mesh_axis)
