@@ -1,11 +1,10 @@
 """Prints the table of docs/sharding.md: what each sharding makes the devices send.
 
-`python docs/sharding_costs.py` compiles for 8 simulated CPU devices and reads the
+`python -m docs.sharding_costs` compiles for 8 simulated CPU devices and reads the
 collectives, and the bytes that one device holds, out of what the compiler says.
 """
 
 import os
-import re
 from functools import partial
 
 os.environ["JAX_PLATFORMS"] = "cpu"
@@ -17,10 +16,9 @@ import numpy as np  # noqa: E402
 from jax.sharding import AxisType, NamedSharding, PartitionSpec as P  # noqa: E402
 
 from jax_revseg import reverse_segments, reverse_sequence  # noqa: E402
+from tests.meshes import bytes_received  # noqa: E402
 
 SHAPE = (8, 4096, 64)
-BYTES = {"f32": 4, "s32": 4, "u32": 4, "pred": 1, "s8": 1, "u8": 1}
-COLLECTIVE = r"= (.*?) (all-[a-z-]+|collective-permute|reduce-scatter)\("
 # The share of a collective's result that one of 8 devices gets from the others; a ring
 # of 8 sends the sum twice round.
 SHARE = {"all-to-all": 7 / 8, "all-gather": 7 / 8, "all-reduce": 2 * 7 / 8}
@@ -35,12 +33,9 @@ def reverse(layout, x, segments, **keywords):
 
 def costs(compiled):
     """Collectives, bytes that a device receives, bytes that it holds."""
-    names, received = [], 0.0
-    for shapes, name in re.findall(COLLECTIVE, compiled.as_text()):
-        names.append(name)
-        for kind, sizes in re.findall(r"(\w+)\[([\d,]*)\]", shapes):
-            size = np.prod([int(n) for n in sizes.split(",") if n])
-            received += SHARE.get(name, 1) * BYTES[kind] * size
+    found = bytes_received(compiled)
+    names = [name for name, _ in found]
+    received = sum(SHARE.get(name, 1) * size for name, size in found)
     memory = compiled.memory_analysis()
     held = memory.output_size_in_bytes + memory.temp_size_in_bytes
     sent = ", ".join(f"{names.count(n)} {n}" for n in sorted(set(names)))
