@@ -13,7 +13,6 @@ from jax_revseg._arguments import (
     AxisName,
     BatchAxis,
     Call,
-    Implementation,
     Integers,
     split_constant,
 )
@@ -25,14 +24,14 @@ from jax_revseg._segments import parse_segments
 from jax_revseg._sharded_axis import whole_rows
 
 
-def _reverse(x: jax.Array, segments: Any, layout: Layout, how: Any) -> jax.Array:
+def _reverse(x: jax.Array, segments: Any, layout: Layout) -> jax.Array:
     if _compat.staged():
-        return bind(x, segments, layout, how)
-    return compiled(_bind, layout, how)(x, segments)  # Half the time of an eager bind.
+        return bind(x, segments, layout)
+    return compiled(_bind, layout)(x, segments)  # Half the time of an eager bind.
 
 
-def _bind(layout, how, x, segments):
-    return bind(x, segments, layout, how)
+def _bind(layout, x, segments):
+    return bind(x, segments, layout)
 
 
 def _totals(layout, x, lengths):
@@ -50,11 +49,10 @@ def reverse_rows(
     segments: Any,
     layout: Layout,
     padding_value: Any = None,
-    implementation: Implementation | None = None,
 ) -> jax.Array:
     """Reverses the segments of checked arguments; `bidirectional` enters here."""
     x, segments, restore = whole_rows(call, x, segments, layout)
-    out = _reverse(x, segments, layout, implementation)
+    out = _reverse(x, segments, layout)
     if padding_value is not None:
         constant, value = split_constant(padding_value)
         out = compiled(fill, layout, constant)(out, segments, value)
@@ -69,7 +67,6 @@ def reverse_sequence(
     batch_axis: BatchAxis = None,
     padding_value: ArrayLike | None = None,
     axis_name: AxisName | None = None,
-    implementation: Implementation | None = None,
 ) -> jax.Array:
     """Reverses the first `lengths[n]` steps of each row; padding stays where it is.
 
@@ -96,8 +93,6 @@ def reverse_sequence(
         axis_name: Inside `jax.shard_map`, the mesh axis, or a tuple of mesh axes, over
             which the segment axis is sharded. `x` is then the local block, and
             `lengths` count from the start of the global axis.
-        implementation: `"xla"`, a gather, or `"pallas"`, a kernel for TPUs. The default
-            lets the library choose.
 
     Returns:
         Array of the shape and dtype of `x`.
@@ -106,8 +101,7 @@ def reverse_sequence(
         TypeError: `x` is not an array, `lengths` or an axis is not an integer, or the
             dtype of `x` cannot hold `padding_value`.
         ValueError: `lengths` does not have the shape of the batch axes, an axis is out
-            of range or named twice, a host length lies outside the axis, or
-            `implementation` is unknown or cannot run here.
+            of range or named twice, or a host length lies outside the axis.
 
     Example:
         >>> import jax.numpy as jnp
@@ -124,8 +118,7 @@ def reverse_sequence(
     x = call.array(x)
     segments, layout = parse_segments(call, x, axis, batch_axis, lengths=lengths)
     value = call.scalar(padding_value, x)
-    how = call.implementation(implementation)
-    return reverse_rows(call, x, segments, layout, value, how)
+    return reverse_rows(call, x, segments, layout, value)
 
 
 def reverse_segments(
@@ -139,7 +132,6 @@ def reverse_segments(
     batch_axis: BatchAxis = None,
     padding_value: ArrayLike | None = None,
     axis_name: AxisName | None = None,
-    implementation: Implementation | None = None,
 ) -> jax.Array:
     """Reverses each of several segments a row; segments keep their places.
 
@@ -177,8 +169,6 @@ def reverse_segments(
         axis_name: Inside `jax.shard_map`, the mesh axis, or a tuple of mesh axes, over
             which the segment axis is sharded. `x` and `segment_ids` are then local
             blocks; `lengths` and `cu_seqlens` describe the global axis.
-        implementation: `"xla"`, a gather, or `"pallas"`, a kernel for TPUs. The default
-            lets the library choose.
 
     Returns:
         Array of the shape and dtype of `x`.
@@ -187,8 +177,8 @@ def reverse_segments(
         TypeError: `x` is not an array, an encoding or an axis is not an integer, or the
             dtype of `x` cannot hold `padding_value`.
         ValueError: Not exactly one encoding is given, its shape does not fit `x`, an
-            axis is out of range or named twice, host values are negative, decrease, or
-            pass the end of the axis, or `implementation` is unknown or cannot run here.
+            axis is out of range or named twice, or host values are negative, decrease,
+            or pass the end of the axis.
 
     Example:
         >>> import jax.numpy as jnp
@@ -218,8 +208,7 @@ def reverse_segments(
         cu_seqlens=cu_seqlens,
     )
     value = call.scalar(padding_value, x)
-    how = call.implementation(implementation)
-    return reverse_rows(call, x, segments, layout, value, how)
+    return reverse_rows(call, x, segments, layout, value)
 
 
 def reverse_segment_order(
@@ -229,7 +218,6 @@ def reverse_segment_order(
     axis: int | None = None,
     batch_axis: BatchAxis = None,
     axis_name: AxisName | None = None,
-    implementation: Implementation | None = None,
 ) -> tuple[jax.Array, jax.Array]:
     """Puts the segments of each row into the opposite order, each one intact.
 
@@ -247,8 +235,6 @@ def reverse_segment_order(
         axis_name: Inside `jax.shard_map`, the mesh axis, or a tuple of mesh axes, over
             which the segment axis is sharded. `x` is then the local block, and
             `lengths` describe the global axis.
-        implementation: `"xla"`, a gather, or `"pallas"`, a kernel for TPUs. The default
-            lets the library choose.
 
     Returns:
         The array, of the shape and dtype of `x`, and the lengths of its segments in the
@@ -257,8 +243,7 @@ def reverse_segment_order(
     Raises:
         TypeError: `x` is not an array, or `lengths` or an axis is not an integer.
         ValueError: The shape of `lengths` does not fit `x`, an axis is out of range or
-            named twice, host lengths are negative or pass the axis, or `implementation`
-            is unknown or cannot run here.
+            named twice, or host lengths are negative or pass the axis.
 
     Example:
         >>> import jax.numpy as jnp
@@ -274,12 +259,11 @@ def reverse_segment_order(
     segments, layout = parse_segments(
         call, x, axis, batch_axis, lengths_kind="packed", lengths=lengths
     )
-    how = call.implementation(implementation)
     whole, lengths_there, restore = whole_rows(call, x, segments, layout)
     # Reversing the whole valid part puts the segments into the opposite order, each of
     # them reversed; so each one is reversed first.
-    each = _reverse(whole, lengths_there, layout, how)
+    each = _reverse(whole, lengths_there, layout)
     totals = compiled(_totals, layout)(whole, lengths_there)
-    out = _reverse(each, totals, layout._replace(kind="padded"), how)
+    out = _reverse(each, totals, layout._replace(kind="padded"))
     reversed_lengths = compiled(_reversed_lengths, layout, call.devices)(x, segments)
     return restore(out), reversed_lengths

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Sequence
-from typing import Any, Literal, NamedTuple, NoReturn, get_args
+from typing import Any, NamedTuple, NoReturn
 
 import jax
 import jax.numpy as jnp
@@ -16,7 +16,6 @@ from jax.typing import ArrayLike
 AxisName = str | tuple[str, ...]
 BatchAxis = int | Sequence[int] | None
 Integers = ArrayLike | Sequence[Any]  # ArrayLike leaves lists out.
-Implementation = Literal["xla", "pallas"]
 
 
 class Constant(NamedTuple):
@@ -96,15 +95,6 @@ class Call(NamedTuple):
         if size < 0:
             self.fail(f"{argument} is {size}; it must be 0 or more.")
         return size
-
-    def implementation(self, value: Any) -> Any:
-        """Returns the name of an implementation, or None."""
-        if value is None:
-            return None
-        names = get_args(Implementation)
-        if not isinstance(value, str) or value not in names:
-            self.fail(f"implementation is {value!r}; use None or one of {names}.")
-        return value
 
     def scalar(self, value: Any, x: jax.Array) -> Constant | jax.Array | None:
         """Casts `padding_value` to the dtype of the array, or raises."""

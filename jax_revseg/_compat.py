@@ -43,16 +43,6 @@ def vary_like(x: jax.Array, *others: jax.Array) -> jax.Array:
     return jax.lax.pvary(x, tuple(axes))  # pyright: ignore
 
 
-def struct_like(x: jax.Array) -> jax.ShapeDtypeStruct:
-    """Returns the type of an output that varies over manual mesh axes as `x` does."""
-    aval = jax.typeof(x)
-    if JAX_VERSION >= (0, 10):  # From 0.10.0 on.
-        varying: dict[str, Any] = dict(manual_axis_type=aval.mat)
-    else:
-        varying = dict(vma=aval.vma)
-    return jax.ShapeDtypeStruct(x.shape, x.dtype, **varying)
-
-
 def staged() -> bool:
     """Returns whether operations are traced here, not run at once."""
     return not core.trace_ctx.is_top_level()
@@ -72,14 +62,6 @@ def automatic(fun: Callable[..., Any], out: NamedSharding) -> Callable[..., Any]
     """Lets the compiler choose the shardings inside `fun`; its results get `out`."""
     explicit = out.mesh.explicit_axes
     return auto_axes(fun, axes=explicit, out_sharding=out) if explicit else fun
-
-
-def unpartitioned(ctx: Any) -> bool:
-    """Returns whether the lowered program runs on one device, without partitioning."""
-    context = ctx.module_context.axis_context
-    if isinstance(context, mlir.SPMDAxisContext):  # Inside shard_map, perhaps partly.
-        return context.manual_axes >= frozenset(context.mesh.axis_names)
-    return getattr(context, "num_devices", 1) == 1  # pmap's context has no such field.
 
 
 def register_jet_rule(primitive: Primitive, rule: Callable[..., Any]) -> None:

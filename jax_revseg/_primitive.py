@@ -1,11 +1,11 @@
 """The primitive `reverse_segments` and its rules; the registrations stand last.
 
     reverse_segments[layout=Layout(kind='padded', axis=1, batch_axes=(0,),
-                     padding_id=None) implementation=None] x segments
+                     padding_id=None)] x segments
 
 `segments` has the shape `[x.shape[a] for a in layout.batch_axes]`, followed by nothing
-for padded lengths, `(K,)` for packed lengths and `(T,)` for ids. The two parameters are
-stable, for interpreters and exporters of jaxprs; bind through the public functions.
+for padded lengths, `(K,)` for packed lengths and `(T,)` for ids. The parameter is stable,
+for interpreters and exporters of jaxprs; bind through the public functions.
 
 The map is a permutation and its own inverse, hence linear and its own transpose.
 """
@@ -24,13 +24,11 @@ from jax_revseg._linear import linear_primitive, lower
 from jax_revseg._lowering import packed_sums, reverse_gather
 
 
-def bind(x, segments, layout, implementation=None):
+def bind(x, segments, layout):
     """Binds the primitive; `x` varies over devices wherever `segments` does."""
     # Otherwise the transpose would not sum the cotangents of a replicated x.
     x = _compat.vary_like(x, segments)
-    return reverse_segments_p.bind(
-        x, segments, layout=layout, implementation=implementation
-    )
+    return reverse_segments_p.bind(x, segments, layout=layout)
 
 
 _EXCHANGE = """
@@ -71,7 +69,7 @@ def _merged_spec(x, segments, layout):
     return tuple(spec)
 
 
-def _reverse_segments_abstract_eval(x, segments, *, layout, implementation):
+def _reverse_segments_abstract_eval(x, segments, *, layout):
     spec = _merged_spec(x, segments, layout)
     if spec == tuple(x.sharding.spec):
         return x.update()
@@ -83,13 +81,11 @@ def _reverse_segments_transpose(ct, x, segments, **params):
     return reverse_segments_p.bind(ct, segments, **params)
 
 
-def _reverse_segments_batch(
-    x, x_dim, segments, segments_dim, *, layout, implementation
-):
+def _reverse_segments_batch(x, x_dim, segments, segments_dim, *, layout):
     if segments_dim is not None and segments_dim > len(layout.batch_axes):
         segments = jnp.moveaxis(segments, segments_dim, 0)  # Not behind K or T.
         segments_dim = 0
-    return bind(x, segments, layout.mapped(x_dim, segments_dim), implementation), x_dim
+    return bind(x, segments, layout.mapped(x_dim, segments_dim)), x_dim
 
 
 def length_error(name, lengths, size, limit, *, packed=True):
@@ -118,7 +114,7 @@ def length_error(name, lengths, size, limit, *, packed=True):
     return failed, message, {"value": value, **dict(zip(names, row, strict=True))}
 
 
-def _reverse_segments_checkify(x, segments, *, layout, **_):
+def _reverse_segments_checkify(x, segments, *, layout):
     if layout.kind == "ids":  # No id is out of range.
         return jnp.bool_(False), "", {}
     limit, packed = f"the size of axis {layout.axis} of x", layout.kind == "packed"
@@ -130,35 +126,9 @@ def _reverse_segments_checkify(x, segments, *, layout, **_):
 _reverse_gather = jax.jit(reverse_gather, static_argnames=("layout", "windows"))
 
 
-def _reverse_segments_lowering(
-    ctx, x, segments, *, layout, implementation, windows=False
-):
-    if implementation == "pallas":
-        raise ValueError(
-            "reverse_segments: implementation is 'pallas', a kernel for TPUs, but this "
-            f"program is compiled for {' and '.join(ctx.module_context.platforms)}; "
-            "leave implementation out, or use 'xla'."
-        )
+def _reverse_segments_lowering(ctx, x, segments, *, layout, windows=False):
     fun = partial(_reverse_gather, layout=layout, windows=windows)
     return lower(fun, ctx, x, segments)
-
-
-def _reverse_segments_tpu_lowering(ctx, x, segments, *, layout, implementation):
-    if implementation != "pallas":
-        fun = partial(_reverse_gather, layout=layout, windows=True)
-        return lower(fun, ctx, x, segments)
-    if not _compat.unpartitioned(ctx):
-        raise ValueError(
-            "reverse_segments: implementation is 'pallas', but this program is "
-            "partitioned over several devices, and the kernel is for one; call it "
-            "inside jax.shard_map, or leave implementation out."
-        )
-    # Importing Pallas takes longer than importing the rest of this package.
-    from jax_revseg import _kernel_tpu
-
-    plan = _kernel_tpu.plan(ctx.avals_in[0], layout)
-    kernel = partial(_kernel_tpu.reverse, plan=plan, layout=layout)
-    return lower(kernel, ctx, x, segments)
 
 
 reverse_segments_p = linear_primitive(
@@ -169,11 +139,9 @@ reverse_segments_p = linear_primitive(
     check=_reverse_segments_checkify,
 )
 mlir.register_lowering(reverse_segments_p, _reverse_segments_lowering)
-mlir.register_lowering(
-    reverse_segments_p,
-    partial(_reverse_segments_lowering, windows=True),
-    platform="cpu",
-)
-mlir.register_lowering(
-    reverse_segments_p, _reverse_segments_tpu_lowering, platform="tpu"
-)
+for _platform in ("cpu", "tpu"):  # They read single elements slowly.
+    mlir.register_lowering(
+        reverse_segments_p,
+        partial(_reverse_segments_lowering, windows=True),
+        platform=_platform,
+    )

@@ -18,6 +18,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from jax_revseg._compat import Primitive
 from jax_revseg._layout import Layout
 from jax_revseg._lowering import clip_lengths, starts_of
 from jax_revseg._pack_primitive import pack_segments_p
@@ -34,7 +35,9 @@ except ImportError as error:
         "`onnx` installs: from a clone, pip install '.[onnx]'."
     ) from error
 
-_NODE = "ONNX node"  # The implementation of an equation that is exactly one node.
+# An equation that becomes exactly one node.
+_reverse_sequence_p = Primitive("jax_revseg_reverse_sequence")
+_reverse_sequence_p.def_abstract_eval(lambda x, lengths: x.update())
 
 
 def _inline(ctx: Any, eqn: Any, fun: Any) -> None:
@@ -102,32 +105,27 @@ def _reverse(x: jax.Array, segments: jax.Array, *, layout: Layout, node: bool) -
     flat = moved.reshape(rows, size, *moved.shape[batch + 1 :])
     segments = segments.reshape(rows, *segments.shape[batch:])
     if layout.kind == "padded" and node:
-        lengths = clip_lengths(segments, size)
-        layout = Layout("padded", 1, (0,))
-        out = reverse_segments_p.bind(
-            flat, lengths, layout=layout, implementation=_NODE
-        )
+        out = _reverse_sequence_p.bind(flat, clip_lengths(segments, size))
     else:
         out = _take(flat, _source_index(segments, size, layout), size)
     back = sorted(range(x.ndim), key=order.__getitem__)
     return lax.transpose(out.reshape(moved.shape), back)
 
 
-@register_primitive(jaxpr_primitive="reverse_segments")
+@register_primitive(jaxpr_primitive=reverse_segments_p.name)
 class _ReverseSegments(PrimitiveLeafPlugin):
     def lower(self, ctx: Any, eqn: Any) -> None:
-        x_var, lengths_var = eqn.invars
-        if eqn.params["implementation"] != _NODE:
-            # ReverseSequence takes neither bfloat16 nor floats of 8 bits.
-            node = x_var.aval.dtype.kind in "biuf"
-            fun = partial(_reverse, layout=eqn.params["layout"], node=node)
-            _inline(ctx, eqn, fun)
-            return
-        x = ctx.get_value_for_var(x_var)
+        # ReverseSequence takes neither bfloat16 nor floats of 8 bits.
+        node = eqn.invars[0].aval.dtype.kind in "biuf"
+        _inline(ctx, eqn, partial(_reverse, layout=eqn.params["layout"], node=node))
+
+
+@register_primitive(jaxpr_primitive=_reverse_sequence_p.name)
+class _ReverseSequence(PrimitiveLeafPlugin):
+    def lower(self, ctx: Any, eqn: Any) -> None:
+        x, lengths = map(ctx.get_value_for_var, eqn.invars)
         lengths = ctx.builder.Cast(
-            ctx.get_value_for_var(lengths_var),
-            to=ir.DataType.INT64,
-            _outputs=[ctx.fresh_name("lengths")],
+            lengths, to=ir.DataType.INT64, _outputs=[ctx.fresh_name("lengths")]
         )
         out = ctx.builder.ReverseSequence(
             x,
