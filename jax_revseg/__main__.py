@@ -14,7 +14,6 @@ import statistics
 import sys
 import time
 from collections.abc import Callable
-from functools import partial
 from importlib import metadata
 from itertools import product
 from typing import Any, NamedTuple
@@ -69,7 +68,7 @@ def _random_bits(rng: np.random.Generator, shape: tuple[int, ...], dtype: Any) -
 
 
 def check_case(
-    case: Case, features: tuple[int, ...], dtype: Any, device: Any, implementation: Any
+    case: Case, features: tuple[int, ...], dtype: Any, device: Any
 ) -> dict[str, Any]:
     """Whether values and gradient are right; null for what does not apply."""
     axis = case.options.get("axis", 1)
@@ -82,8 +81,7 @@ def check_case(
     reverse = reverse_sequence if case.layout == "padded" else reverse_segments
 
     def function(x: jax.Array, segments: jax.Array) -> jax.Array:
-        named = {case.argument: segments, "implementation": implementation}
-        return reverse(x, **named, **case.options)
+        return reverse(x, **{case.argument: segments}, **case.options)
 
     def gradient(x: jax.Array, segments: jax.Array, ct: jax.Array) -> jax.Array:
         return jax.vjp(lambda x: function(x, segments), x)[1](ct)[0]
@@ -97,9 +95,8 @@ def check_case(
         )
         return np.asarray(out).tobytes() == want.tobytes()
 
-    result: dict[str, Any] = {"encoding": case.name, "implementation": implementation}
-    result |= {"shape": list(shape), "dtype": str(x.dtype)}
-    result |= {"forward": False, "gradient": None}
+    result: dict[str, Any] = {"encoding": case.name, "shape": list(shape)}
+    result |= {"dtype": str(x.dtype), "forward": False, "gradient": None}
     try:
         # The values are NaN on purpose.
         with jax.debug_nans(False), jax.debug_infs(False):
@@ -113,18 +110,17 @@ def check_case(
 
 
 def time_case(
-    shape: tuple[int, ...], segments_per_row: int, device: Any, implementation: Any
+    shape: tuple[int, ...], segments_per_row: int, device: Any
 ) -> dict[str, Any]:
     """The time of a reversal beside that of a copy, both into donated memory."""
     rng = np.random.default_rng(0)
-    function, size = reverse_sequence, shape[:1]
+    reverse, size = reverse_sequence, shape[:1]
     if segments_per_row > 1:
-        function, size = reverse_segments, (shape[0], segments_per_row)
+        reverse, size = reverse_segments, (shape[0], segments_per_row)
     lengths = rng.integers(0, shape[1] // segments_per_row + 1, size, np.int32)
     x, lengths = jax.device_put((np.zeros(shape, np.float32), lengths), device)
-    ours = partial(function, implementation=implementation)
     runs = [
-        jax.jit(lambda x, s, out: ours(x, s), donate_argnums=2, keep_unused=True),
+        jax.jit(lambda x, s, out: reverse(x, s), donate_argnums=2, keep_unused=True),
         jax.jit(lambda x, s, out: jnp.copy(x), donate_argnums=2, keep_unused=True),
     ]
     outs = [jnp.zeros_like(x), jnp.zeros_like(x)]
@@ -141,8 +137,8 @@ def time_case(
                 samples[i].append((time.perf_counter() - start) / burst * 1e3)
     ratio = statistics.median(a / b for a, b in zip(*samples, strict=True))
     ms, copy_ms = (round(statistics.median(times), 4) for times in samples)
-    result = {"implementation": implementation, "shape": list(shape)}
-    result |= {"dtype": "float32", "segments_per_row": segments_per_row}
+    result = {"shape": list(shape), "dtype": "float32"}
+    result |= {"segments_per_row": segments_per_row}
     return result | {"ms": ms, "copy_ms": copy_ms, "ratio": round(ratio, 3)}
 
 
@@ -165,19 +161,14 @@ def _check_all(kind: str, device: Any, quick: bool, say: Say) -> list[dict[str, 
     data: list[tuple[tuple[int, ...], Any]] = [((), jnp.float32), ((256,), jnp.float32)]
     if not quick:
         data += [((3,), jnp.bfloat16), ((), jnp.int8)]
-    runs: list[tuple[Any, ...]] = list(product(CASES, data, (None,)))
-    if device.platform == "tpu":  # The kernel takes rows of many features only.
-        batch_major = [case for case in CASES if "axis" not in case.options]
-        rows = [((256,), dtype) for dtype in (jnp.float32, jnp.bfloat16, jnp.int8)]
-        runs += product(batch_major, rows, (None, "pallas"))
-    say(f"\n{kind}\n  {'':26} {'shape':15} {'dtype':9} {'by':7} forward  gradient")
+    say(f"\n{kind}\n  {'':26} {'shape':15} {'dtype':9} forward  gradient")
     checks = []
-    for case, (features, dtype), by in runs:
-        check = {"device": kind, **check_case(case, features, dtype, device, by)}
+    for case, (features, dtype) in product(CASES, data):
+        check = {"device": kind, **check_case(case, features, dtype, device)}
         checks.append(check)
         say(
             f"  {check['encoding']:26} {str(tuple(check['shape'])):15} "
-            f"{check['dtype']:9} {by or '':7} {words[check['forward']]:8} "
+            f"{check['dtype']:9} {words[check['forward']]:8} "
             f"{words[check['gradient']]} {check.get('error', '')}".rstrip()
         )
     return checks
@@ -185,18 +176,16 @@ def _check_all(kind: str, device: Any, quick: bool, say: Say) -> list[dict[str, 
 
 def _time_all(kind: str, device: Any, say: Say) -> list[dict[str, Any]]:
     """A few sizes beside a copy; says each result at once."""
-    say(f"\n  {'float32, donated output':26} segments  {'by':7} ms       to a copy")
+    say(f"\n  {'float32, donated output':26} segments  ms       to a copy")
     scale = 1 if device.platform == "cpu" else 8  # 32 MB would fit into a cache.
     times = []
     for rows, *rest, segments in SIZES:
-        kernel = device.platform == "tpu" and rest[-1] > 1
-        for by in (None, "pallas") if kernel else (None,):
-            timing = time_case((rows * scale, *rest), segments, device, by)
-            times.append({"device": kind, **timing})
-            say(
-                f"  {str(tuple(timing['shape'])):26} {segments:<9} {by or '':7} "
-                f"{timing['ms']:<8.3g} {timing['ratio']:.2f}"
-            )
+        timing = time_case((rows * scale, *rest), segments, device)
+        times.append({"device": kind, **timing})
+        say(
+            f"  {str(tuple(timing['shape'])):26} {segments:<9} "
+            f"{timing['ms']:<8.3g} {timing['ratio']:.2f}"
+        )
     return times
 
 

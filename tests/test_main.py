@@ -64,7 +64,7 @@ def test_text_ends_with_the_verdict(capsys, monkeypatch):
     text = capsys.readouterr().out
     assert "not run" not in text and "to a copy" in text
     assert text.splitlines()[-1].startswith("All is right: ")
-    timing = time_case((4, 32, 8), 4, jax.devices()[0], None)
+    timing = time_case((4, 32, 8), 4, jax.devices()[0])
     assert timing["ratio"] > 0 and timing["ms"] > 0 and timing["copy_ms"] > 0
 
 
