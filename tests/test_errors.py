@@ -120,14 +120,6 @@ VALUE_ERRORS = (
         "^bidirectional: .*if x is time-major, use axis=0",
     ),
     (
-        lambda: seq(X, [1] * 3, implementation="cuda"),
-        r"implementation is 'cuda'; use None or one of \('xla', 'pallas'\)",
-    ),
-    (
-        lambda: seq(X, [1] * 3, implementation=["xla"]),
-        r"implementation is \['xla'\]; use None or one of",
-    ),
-    (
         lambda: bidirectional(lambda x: {"a": x}, lambda x: (x,))(X, [1] * 3),
         "structure",
     ),

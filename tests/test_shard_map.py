@@ -197,7 +197,7 @@ def test_varying_result_is_not_replicated(case, name):
 def test_bind_refuses_what_would_lose_the_sum():
     """Fails if the primitive accepts segments that vary more than x."""
     layout = Layout("padded", 1, (0,))
-    bind = partial(reverse_segments_p.bind, layout=layout, implementation=None)
+    bind = partial(reverse_segments_p.bind, layout=layout)
     with pytest.raises(ValueError, match=r"vary over manual mesh axes \{'a'\}"):
         sharded(bind, "x-replicated")(operands("x-replicated")[0], SEGMENTS[0])
 

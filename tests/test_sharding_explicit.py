@@ -182,7 +182,7 @@ def test_other_operands():
             reverse_segments(x, lengths),
             jax.jit(lambda x: reverse_segments(x, lengths))(x),
             reverse_segments(x, cu_seqlens=put(MESH, offsets, "a", None)),
-            reverse_segments_p.bind(x, on_device, layout=layout, implementation=None),
+            reverse_segments_p.bind(x, on_device, layout=layout),
         ]
         with jax.disable_jit():
             outs.append(reverse_segments(x, on_device))

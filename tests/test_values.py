@@ -264,8 +264,8 @@ def test_axis_longer_than_an_int32():
         x = jax.ShapeDtypeStruct((size,), jnp.int8)
         shape = () if kind == "padded" else (4,)
         lengths = jax.ShapeDtypeStruct(shape, jnp.int32)
-        params = dict(layout=Layout(kind, 0, ()), implementation=None)
-        bind = functools.partial(reverse_segments_p.bind, **params)
+        layout = Layout(kind, 0, ())
+        bind = functools.partial(reverse_segments_p.bind, layout=layout)
         text = jax.jit(bind).lower(x, lengths).as_text()
         assert f"tensor<{size}x{positions}>" in text
 
