@@ -68,21 +68,18 @@ define pytest
 	.venvs/$(1)/bin/python -m pytest -n $(WORKERS) $(2) $(ARGS)
 endef
 
-.PHONY: test test-versions kernel peers fuzz fuzz-peers
+.PHONY: test test-versions peers fuzz fuzz-peers
 # XLA's own passes run; LLVM optimizes nothing, which saves a fifth of the time. The
 # other targets compile as users do.
 test: export XLA_FLAGS ?= --xla_backend_optimization_level=0
 test: .venvs/test/.stamp ## the tests, on the newest JAX that python3 gets
-	$(call pytest,test,-m "not peers and not kernel and not docs")
+	$(call pytest,test,-m "not peers and not docs")
 
 test-versions: ## the tests on the oldest, a middle and the newest JAX
 	$(MAKE) --no-print-directory --keep-going $(VERSIONS:%=test-jax-%)
 
 test-jax-%: .venvs/jax-%/.stamp ## the tests on one version of JAX
 	$(call pytest,jax-$*,-m "not peers")
-
-kernel: .venvs/test/.stamp ## the kernel for TPUs, in Pallas's interpreters
-	$(call pytest,test,-m kernel)
 
 peers: .venvs/peers/.stamp ## what needs other frameworks, and the benchmarks' rows
 	.venvs/peers/bin/python -c 'import flax, jax2onnx, keras, onnx, onnxruntime, \
