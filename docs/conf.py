@@ -25,8 +25,7 @@ myst_heading_anchors = 3
 
 maximum_signature_line_length = 60
 autodoc_type_aliases = {
-    name: name
-    for name in ("ArrayLike", "AxisName", "BatchAxis", "Implementation", "Integers")
+    name: name for name in ("ArrayLike", "AxisName", "BatchAxis", "Integers")
 }
 autodoc_member_order = "bysource"
 autodoc_preserve_defaults = True
@@ -35,7 +34,7 @@ napoleon_numpy_docstring = False
 # Nothing to link to without an inventory from the network at each build.
 nitpick_ignore_regex = [
     ("py:.*", r"(jax|jaxlib|numpy|collections|typing|jax_revseg\._bidirectional)\..*"),
-    ("py:.*", r"ArrayLike|AxisName|BatchAxis|Implementation|Integers|Any|Callable"),
+    ("py:.*", r"ArrayLike|AxisName|BatchAxis|Integers|Any|Callable"),
     ("py:.*", r"Bidirectional|jax_revseg\._.*"),
 ]
 
