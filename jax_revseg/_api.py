@@ -14,7 +14,6 @@ from jax_revseg._arguments import (
     BatchAxis,
     Call,
     Integers,
-    split_constant,
 )
 from jax_revseg._layout import Layout
 from jax_revseg._linear import compiled
@@ -24,38 +23,30 @@ from jax_revseg._segments import parse_segments
 from jax_revseg._sharded_axis import whole_rows
 
 
-def _reverse(x: jax.Array, segments: Any, layout: Layout) -> jax.Array:
-    if _compat.staged():
-        return bind(x, segments, layout)
-    return compiled(_bind, layout)(x, segments)  # Half the time of an eager bind.
-
-
-def _bind(layout, x, segments):
+@compiled
+def _reverse(x, segments, *, layout):  # Compiled: half the time of an eager bind.
     return bind(x, segments, layout)
 
 
-def _totals(layout, x, lengths):
-    return jnp.max(packed_ends(lengths, x.shape[layout.axis]), -1, initial=0)
+@compiled
+def _totals(x, lengths, *, axis):
+    return jnp.max(packed_ends(lengths, x.shape[axis]), -1, initial=0)
 
 
-def _reversed_lengths(layout, devices, x, lengths):
-    ends = packed_ends(lengths, x.shape[layout.axis] * devices)
+@compiled
+def _reversed_lengths(x, lengths, *, axis, devices):
+    ends = packed_ends(lengths, x.shape[axis] * devices)
     return jnp.flip(ends - starts_of(ends), -1).astype(lengths.dtype)
 
 
 def reverse_rows(
-    call: Call,
-    x: jax.Array,
-    segments: Any,
-    layout: Layout,
-    padding_value: Any = None,
+    call: Call, x: jax.Array, segments: Any, layout: Layout, padding_value: Any = None
 ) -> jax.Array:
     """Reverses the segments of checked arguments; `bidirectional` enters here."""
     x, segments, restore = whole_rows(call, x, segments, layout)
-    out = _reverse(x, segments, layout)
+    out = _reverse(x, segments, layout=layout)
     if padding_value is not None:
-        constant, value = split_constant(padding_value)
-        out = compiled(fill, layout, constant)(out, segments, value)
+        out = fill(out, segments, padding_value, layout)
     return restore(out)
 
 
@@ -127,6 +118,7 @@ def reverse_segments(
     *,
     segment_ids: Integers | None = None,
     cu_seqlens: Integers | None = None,
+    starts: Any = None,
     padding_id: int | None = None,
     axis: int | None = None,
     batch_axis: BatchAxis = None,
@@ -137,8 +129,8 @@ def reverse_segments(
 
     A segment that covers `[s, s + n)` becomes `out[s + i] = x[s + n - 1 - i]`; every
     position outside all segments stays as it is. Exactly one of `lengths`,
-    `segment_ids` and `cu_seqlens` says where the segments lie. The function is its own
-    inverse and its own gradient.
+    `segment_ids`, `cu_seqlens` and `starts` says where the segments lie. The function
+    is its own inverse and its own gradient.
 
     Python and NumPy values are checked at the call, also under `jit`. In JAX arrays a
     negative length or a decreasing offset counts as an empty segment, and segments end
@@ -153,11 +145,14 @@ def reverse_segments(
         lengths: Integers of shape `(*batch, K)`, in steps: segments laid end to end
             from position 0. A length of 0 is an empty segment. The positions after the
             last segment are padding.
-        segment_ids: Integers of shape `(*batch, T)`: every maximal run of equal ids is
-            a segment.
+        segment_ids: Integers, one for each position: every maximal run of equal ids is
+            a segment. Their axes lie like those of `x`: `(*batch, T)` by default, `(T,
+            *batch)` with `axis=0`.
         cu_seqlens: Integers of shape `(*batch, K + 1)`: cumulative offsets from 0, as
             variable-length attention kernels take them. In a JAX array only their
             differences count.
+        starts: Booleans that lie like `segment_ids`, true at the first step of each
+            segment. The first step of a row is a start, marked or not.
         padding_id: The id in `segment_ids` whose runs are padding. By default no id is.
             For a mask pass `segment_ids=mask.astype(int), padding_id=0`.
         axis: The segment axis of `x`. The default is the axis right after the batch
@@ -206,6 +201,7 @@ def reverse_segments(
         lengths=lengths,
         segment_ids=segment_ids,
         cu_seqlens=cu_seqlens,
+        starts=starts,
     )
     value = call.scalar(padding_value, x)
     return reverse_rows(call, x, segments, layout, value)
@@ -262,8 +258,8 @@ def reverse_segment_order(
     whole, lengths_there, restore = whole_rows(call, x, segments, layout)
     # Reversing the whole valid part puts the segments into the opposite order, each of
     # them reversed; so each one is reversed first.
-    each = _reverse(whole, lengths_there, layout)
-    totals = compiled(_totals, layout)(whole, lengths_there)
-    out = _reverse(each, totals, layout._replace(kind="padded"))
-    reversed_lengths = compiled(_reversed_lengths, layout, call.devices)(x, segments)
-    return restore(out), reversed_lengths
+    each = _reverse(whole, lengths_there, layout=layout)
+    totals = _totals(whole, lengths_there, axis=layout.axis)
+    out = _reverse(each, totals, layout=layout._replace(kind="padded"))
+    devices, axis = call.devices, layout.axis
+    return restore(out), _reversed_lengths(x, segments, axis=axis, devices=devices)

@@ -18,17 +18,6 @@ BatchAxis = int | Sequence[int] | None
 Integers = ArrayLike | Sequence[Any]  # ArrayLike leaves lists out.
 
 
-class Constant(NamedTuple):
-    """A host scalar that can be a static argument: bits, so that -0.0 is not 0.0."""
-
-    bits: bytes
-    dtype: np.dtype
-
-    def array(self) -> np.ndarray:
-        """Returns the scalar as a NumPy array of rank 0."""
-        return np.frombuffer(self.bits, self.dtype).reshape(())
-
-
 class Call(NamedTuple):
     """One call of a public function, and how its messages name things.
 
@@ -42,6 +31,11 @@ class Call(NamedTuple):
     x_name: str = "x"
     axis_name: AxisName | None = None
 
+    @property
+    def reverses(self) -> bool:
+        """Whether the function is a reversal, which `batch_axis` and others suit."""
+        return self.function.startswith("reverse_")
+
     def fail(self, message: str, error: type[Exception] = ValueError) -> NoReturn:
         """Raises an error that starts with the name of the function."""
         raise error(f"{self.function}: {message}")
@@ -51,29 +45,44 @@ class Call(NamedTuple):
         if not isinstance(x, jax.Array):
             x = self._from_host(x)
         if x.ndim == 0:
+            remedy = "give it one with x[None]"
+            if not self.reverses:
+                remedy = "for a constant use jax.numpy.full_like of another array"
             self.fail(
-                f"{self.x_name} has rank 0 (shape ()), but needs at least 1 axis to "
-                "reverse; give it one with x[None]."
+                f"{self.x_name} has rank 0 (shape ()), but needs at least 1 axis, the "
+                f"segment axis; {remedy}."
             )
         return x
 
     def _from_host(self, x: Any) -> jax.Array:
-        known = hasattr(x, "__array__") or hasattr(x, "__jax_array__")
+        kind, known = type(x).__name__, hasattr(x, "__array__")
+        known |= hasattr(x, "__jax_array__")
         if isinstance(x, np.ma.MaskedArray) or not (known or hasattr(x, "__dlpack__")):
+            remedy = "convert it with jax.numpy.asarray, and a pytree with jax.tree.map"
+            if kind == "PackedSequence":
+                remedy = "use pad_packed_sequence, or .data: see migration.md"
+            elif isinstance(x, np.ma.MaskedArray):
+                remedy = "use .filled"
+            elif isinstance(x, (list, tuple)) and any(map(np.ndim, x)):
+                remedy = "for rows of different lengths use np.concatenate(rows) with "
+                remedy += "lengths=[len(row) for row in rows], and pack_segments"
+            elif not self.reverses and np.isscalar(x):
+                remedy = "for a constant use jax.numpy.full_like of another array"
             self.fail(
-                f"{self.x_name} must be an array, but has type {type(x).__name__}; "
-                "convert it with jax.numpy.asarray (a masked array with .filled, a "
-                "pytree with jax.tree.map).",
+                f"{self.x_name} must be an array, but has type {kind}; {remedy}.",
                 TypeError,
             )
         try:
             # Neither conversion copies.
             return jnp.asarray(x if known else np.from_dlpack(x))
         except Exception as error:  # Each framework has its own for other devices.
+            remedy = "convert it to a NumPy array of numbers first"
+            if hasattr(x, "__dlpack__") and not isinstance(x, np.ndarray):
+                remedy = "use jax.dlpack.from_dlpack(x), after x.detach() and x.cpu() "
+                remedy += "where the error asks for them"
             self.fail(
-                f"{self.x_name} has dtype {getattr(x, 'dtype', None)} and type "
-                f"{type(x).__name__}, which JAX cannot take ({error}); convert it to a "
-                "NumPy array of numbers first.",
+                f"{self.x_name} has dtype {getattr(x, 'dtype', None)} and type {kind}, "
+                f"which JAX cannot take ({error}); {remedy}.",
                 TypeError,
             )
 
@@ -87,6 +96,12 @@ class Call(NamedTuple):
                 TypeError,
             )
 
+    def flag(self, argument: str, value: Any) -> bool:
+        """Returns a static boolean."""
+        if isinstance(value, jax.Array):
+            self.fail(f"{argument} is {value!r}; use a Python bool.", TypeError)
+        return bool(value)
+
     def size(self, argument: str, value: Any) -> Any:
         """Returns a static size, which may be symbolic under `jax.export`."""
         if is_symbolic_dim(value):
@@ -96,8 +111,8 @@ class Call(NamedTuple):
             self.fail(f"{argument} is {size}; it must be 0 or more.")
         return size
 
-    def scalar(self, value: Any, x: jax.Array) -> Constant | jax.Array | None:
-        """Casts `padding_value` to the dtype of the array, or raises."""
+    def scalar(self, value: Any, x: jax.Array) -> Any:
+        """Casts `padding_value` to the dtype of the array, where it is, or raises."""
         if value is None:
             return None
         dtype = x.dtype
@@ -123,14 +138,21 @@ class Call(NamedTuple):
     def integers(self, argument: str, given: Any) -> Any:
         """Returns integers where they are: on the host or on a device."""
         values = self._from_any(argument, given)
-        if values.dtype.kind in "iuO":
+        if values.dtype.kind in "iu":
             return values
         if jnp.issubdtype(values.dtype, jnp.integer):  # Kind V: int4 and its like.
             return values.astype(np.int32) if isinstance(values, np.ndarray) else values
         remedy = "convert them with .astype(int)"
         if values.dtype == bool:
-            remedy = "a mask goes into reverse_segments, as "
-            remedy += "segment_ids=mask.astype(int), padding_id=0 (in scans, as mask=)"
+            mask = "segment_ids=mask.astype(int), padding_id=0"
+            if self.reverses:
+                mask = f"segment_ids in reverse_segments: {mask}"
+            elif self.function != "associative_scan_segments":
+                mask = "mask="
+            remedy = f"give a mask of valid steps as {mask}, and flags that are true "
+            remedy += "where a segment starts as starts="
+        elif argument == "lengths" and values.ndim > 1:
+            remedy += f", or are {self.x_name} and lengths swapped?"
         self.fail(
             f"{argument} has dtype {values.dtype}, but must be integers; {remedy}.",
             TypeError,
@@ -143,7 +165,7 @@ class Call(NamedTuple):
             return values
         self.fail(
             f"{argument} has dtype {values.dtype}, but must be boolean; use "
-            f"{argument} != 0, or give lengths as lengths=.",
+            f"{argument} != 0, or give lengths as lengths= and ids as segment_ids=.",
             TypeError,
         )
 
@@ -163,18 +185,12 @@ class Call(NamedTuple):
             values: Any = (jnp if on_device else np).asarray(given)
         except (TypeError, ValueError, OverflowError) as error:
             self.fail(f"{argument} is not an array: {error}")
-        if (
-            values.dtype.kind in "fO"
-            and str(getattr(given, "dtype", "object")) == "object"
-        ):
-            # NumPy makes floats of [] and of [1, 2**63]: let the elements decide.
-            elements = np.asarray(given, object)
-            if all(isinstance(element, int) for element in elements.flat):
-                return elements if elements.size else elements.astype(np.int32)
+        if values.size == 0 and not hasattr(given, "dtype"):
+            return values.astype(np.int32)  # NumPy makes floats of [].
         if values.dtype.kind in "OSUm":
             self.fail(
                 f"{argument} is {given!r} of type {type(given).__name__}; give an "
-                "array of integers.",
+                "array of integers of 64 bits at most.",
                 TypeError,
             )
         return values
@@ -204,11 +220,6 @@ class Call(NamedTuple):
         )
 
 
-def split_constant(value: Constant | jax.Array | None) -> tuple[Constant | None, Any]:
-    """Splits a scalar into its static form, if on the host, and its traced form."""
-    return (value, None) if isinstance(value, Constant) else (None, value)
-
-
 def _device_scalar(value: Any, dtype: Any) -> jax.Array:
     # Extended dtypes, those of keys, take part in no promotion.
     if value.dtype != dtype and jnp.result_type(dtype, value) != dtype:
@@ -216,7 +227,7 @@ def _device_scalar(value: Any, dtype: Any) -> jax.Array:
     return value if value.dtype == dtype else value.astype(dtype)
 
 
-def _host_scalar(value: Any, dtype: Any) -> Constant:
+def _host_scalar(value: Any, dtype: Any) -> np.ndarray:
     """Casts the value, whatever its own dtype is, as JAX does for Python scalars."""
     if isinstance(value, np.ma.MaskedArray):  # The mask would be lost.
         raise TypeError
@@ -241,4 +252,4 @@ def _host_scalar(value: Any, dtype: Any) -> Constant:
         fits = fits and all(abs(part) <= limit for part in parts)
     if not fits:
         raise ValueError
-    return Constant(cast.tobytes(), dtype)
+    return cast

@@ -2,25 +2,27 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import partial
-from types import BuiltinFunctionType, FunctionType
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.tree_util import keystr, register_pytree_with_keys_class
+from jax.tree_util import keystr, tree_map_with_path
 
 from jax_revseg._api import reverse_rows
 from jax_revseg._arguments import AxisName, BatchAxis, Call, Integers
-from jax_revseg._carry import alike
+from jax_revseg._carry import alike, check_callable
+from jax_revseg._layout import Layout
+from jax_revseg._linear import compiled
+from jax_revseg._lowering import align
 from jax_revseg._segments import parse_arrays
+from jax_revseg._steps import fill_padding, masks
 
 
-def _concatenate(forward: Any, backward: Any) -> Any:
+def concatenate(forward: Any, backward: Any) -> Any:
+    """Concatenates the last axes of two results."""
     trees = [jax.tree.structure(tree) for tree in (forward, backward)]
     if trees[0] != trees[1]:
         raise ValueError(
@@ -33,28 +35,35 @@ def _concatenate(forward: Any, backward: Any) -> Any:
 def bidirectional(
     forward: Callable[[Any], Any],
     backward: Callable[[Any], Any],
+    x: Any,
+    lengths: Integers | None = None,
     *,
-    merge: Callable[[Any, Any], Any] = _concatenate,
-) -> Bidirectional:
-    """Makes a bidirectional layer from two layers that run forward.
+    segment_ids: Integers | None = None,
+    cu_seqlens: Integers | None = None,
+    starts: Any = None,
+    mask: Any = None,
+    padding_id: int | None = None,
+    axis: int | None = None,
+    batch_axis: BatchAxis = None,
+    axis_name: AxisName | None = None,
+    merge: Callable[[Any, Any], Any] = concatenate,
+) -> Any:
+    """Runs two layers over ragged rows, one forward and one backward.
 
-    `run(x, lengths)` is `merge(forward(x), reverse(backward(reverse(x))))`. The
-    backward layer gets the valid steps of each segment from the last to the first, and
-    its outputs return to the order of `x`. With one length a row, both layers process
-    all valid steps before any padding, so padding cannot affect valid outputs. The
-    outputs at padding are whatever the layers return there: mask them where they
-    matter.
+    Returns `merge(forward(x), reverse(backward(reverse(x))))`. The backward layer gets
+    the valid steps of each segment from the last to the first, and its outputs return
+    to the order of `x`.
 
-    With `segment_ids` or `cu_seqlens` segments keep their places, so the same ids serve
-    both directions: give them to layers that restart at segments, as packed state
-    space models do.
+    With `lengths` or `mask` each layer gets the valid steps of a row first, in order,
+    and then a valid step again and again in place of padding. So padding, even NaN,
+    never affects valid outputs or gradients, and every layer that only runs forward is
+    right. With `lengths` the outputs at padding are whatever the layers return there:
+    mask them where they matter. With `mask` (left padding, holes) they are zero.
 
-    The result is a pytree with `forward` and `backward` as children. So it can be a
-    field of an Equinox module or an attribute of an NNX module: its layers train, are
-    counted, saved and restored. In Haiku and Linen, call `bidirectional` where the
-    layers are called. A plain function is static, and the parameters that it closes
-    over are constants: to train them, pass `jax.tree_util.Partial(f, params)`. The
-    result can be pickled where its layers can.
+    With `segment_ids`, `cu_seqlens` or `starts` segments keep their places, so the same
+    ids serve both directions: give them to layers that restart at segments, as packed
+    state space models do. Any other layer carries its state from one segment to the
+    next, and reads padding.
 
     Args:
         forward: Function of `x` that returns an array or a pytree of arrays, each with
@@ -63,25 +72,41 @@ def bidirectional(
             whose sizes at these axes happen to equal those of `x` is not noticed, and
             comes back reversed.
         backward: The same, for the other direction.
+        x: Array or pytree of arrays of any dtype, `(*batch, T, ...)` by default.
+        lengths: Integers of shape `batch`, in steps: one segment a row, from position
+            0, clipped to `[0, T]`. Exactly one encoding of the segments is given.
+        segment_ids: Integers, one for each position; `(*batch, T)` by default. Every
+            maximal run of equal ids is a segment.
+        cu_seqlens: Integers of shape `(*batch, K + 1)`: cumulative offsets from 0.
+        starts: Booleans that lie like `segment_ids`, true at the first step of each
+            segment.
+        mask: Booleans that lie like `segment_ids`, true at valid steps: one segment a
+            row, which may have holes.
+        padding_id: The id in `segment_ids` whose runs are padding. By default no id is.
+        axis: The segment axis of `x`. The default is the axis right after the batch
+            axes; 0 is time-major.
+        batch_axis: The axes of `x` that go with the batch axes of the encoding. The
+            default is the first axes other than `axis`.
+        axis_name: Inside `jax.shard_map`, the mesh axis over which the segment axis is
+            sharded. The layers get local blocks and must pass their state between
+            devices.
         merge: Function of the two results. The default concatenates the last axes.
 
     Returns:
-        A callable `run(x, lengths=None, *, segment_ids=None, cu_seqlens=None,
-        padding_id=None, axis=None, batch_axis=None, axis_name=None)`. `x` is an array
-        or a pytree of arrays; `lengths` has one length for each row, as in
-        `reverse_sequence`; the other arguments are those of `reverse_segments`. With
-        `axis_name` the layers get local blocks and must pass their state between
-        devices.
+        What `merge` returns.
 
     Raises:
-        ValueError: From `run`: an output lacks the batch and segment axes of `x`, the
-            two results differ in structure, or as `reverse_segments`.
+        TypeError: A layer or `merge` is no function, or as `reverse_segments`.
+        ValueError: An output lacks the batch and segment axes of `x`, or has no axis
+            beyond them to concatenate, the two results differ in structure, or as
+            `reverse_segments`.
 
     Example:
         >>> import jax.numpy as jnp
         >>> from jax_revseg import bidirectional
-        >>> sums = bidirectional(lambda x: jnp.cumsum(x, 1), lambda x: jnp.cumsum(x, 1))
-        >>> sums(jnp.array([[[1], [2], [3], [9]]]), jnp.array([3]))[..., :3, :]
+        >>> sums = lambda x: jnp.cumsum(x, 1)
+        >>> x = jnp.array([[[1], [2], [3], [9]]])
+        >>> bidirectional(sums, sums, x, jnp.array([3]))[:, :3]
         Array([[[1, 6],
                 [3, 5],
                 [6, 3]]], dtype=int32)
@@ -90,96 +115,96 @@ def bidirectional(
     Transactions on Signal Processing 45 (1997), for ragged rows as in
     `tf.keras.layers.Bidirectional` and Flax's `Bidirectional`.
     """
-    # An NNX module accepts layers in an attribute only if its type is registered, or
-    # in `nnx.data(...)`. If the layers are NNX modules, `flax.nnx` is imported already.
-    register = getattr(sys.modules.get("flax.nnx"), "register_data_type", None)
-    if register is not None:
-        register(Bidirectional)
-    return Bidirectional(forward, backward, merge)
+    call = Call("bidirectional", "x", axis_name)
+    layers = {"forward": forward, "backward": backward}
+    for name, function in (layers | {"merge": merge}).items():
+        remedy = ", such as jax.numpy.add" if name == "merge" else " of x"
+        check_callable(call, name, function, remedy)
+    encodings = dict(lengths=lengths, segment_ids=segment_ids, cu_seqlens=cu_seqlens)
+    encodings.update(starts=starts, mask=mask, padding_id=padding_id)
+    x, segments, layout = parse_arrays(call, "x", x, axis, batch_axis, **encodings)
+    # Both layers get the sharding that the reversal gives to its result.
+    rows = range(len(layout.batch_axes))
+    x, segments = alike(call, (x, layout.batch_axes), (segments, rows))
+    shape = jax.tree.leaves(x)[0].shape
+    back = None
+    if mask is not None:
+        x, segments, layout, back = _to_front(call, x, segments, layout)
+    if layout.kind == "padded":
+        fill = partial(_fill, call=call, layout=layout)
+        x = jax.tree.map(lambda leaf: fill(leaf, segments), x)
+
+    def reverse(tree: Any) -> Any:
+        return jax.tree.map(lambda a: reverse_rows(call, a, segments, layout), tree)
+
+    def run(name: str, inputs: Any) -> Any:
+        check = partial(_check_output, call, layout, shape, merge is concatenate, name)
+        return tree_map_with_path(check, layers[name](inputs))
+
+    results = run("forward", x), reverse(run("backward", reverse(x)))
+    return merge(*(results if back is None else jax.tree.map(back, results)))
 
 
-@register_pytree_with_keys_class
-@dataclass(eq=False)
-class Bidirectional:
-    """A bidirectional layer: see `bidirectional`."""
-
-    forward: Any
-    backward: Any
-    merge: Any
-
-    def tree_flatten_with_keys(self) -> tuple[Any, Any]:
-        """Children are layers with leaves; a plain function is static."""
-        layers = {"forward": self.forward, "backward": self.backward}
-        functions = (FunctionType, BuiltinFunctionType)
-        static = {k: v for k, v in layers.items() if isinstance(v, functions)}
-        children = [
-            (jax.tree_util.GetAttrKey(k), v)
-            for k, v in layers.items()
-            if k not in static
-        ]
-        return children, (tuple(static.items()), self.merge)
-
-    @classmethod
-    def tree_unflatten(cls, aux: Any, children: Any) -> Bidirectional:
-        """Undoes `tree_flatten_with_keys`."""
-        static, children = dict(aux[0]), iter(children)
-        forward, backward = (
-            static[name] if name in static else next(children)
-            for name in ("forward", "backward")
+def _check_output(
+    call: Call,
+    layout: Layout,
+    x_shape: Any,
+    concatenated: bool,
+    name: str,
+    path: Any,
+    y,
+) -> jax.Array:
+    axes, shape = (*layout.batch_axes, layout.axis), np.shape(y)
+    sizes = tuple(x_shape[a] for a in axes)
+    if len(shape) <= max(axes) or tuple(shape[a] for a in axes) != sizes:
+        call.fail(
+            f"{name} returned output{keystr(path)} of shape {shape}, but every "
+            f"output must have sizes {sizes} at axes {axes}, as x has; return only "
+            "the outputs, and for final states use scan_segments or "
+            "bidirectional_scan."
         )
-        return cls(forward, backward, aux[1])
-
-    def __call__(
-        self,
-        x: Any,
-        lengths: Integers | None = None,
-        *,
-        segment_ids: Integers | None = None,
-        cu_seqlens: Integers | None = None,
-        padding_id: int | None = None,
-        axis: int | None = None,
-        batch_axis: BatchAxis = None,
-        axis_name: AxisName | None = None,
-    ) -> Any:
-        """Runs both layers over `x`."""
-        call = Call("bidirectional", "x", axis_name)
-        x, segments, layout = parse_arrays(
-            call,
-            "x",
-            x,
-            axis,
-            batch_axis,
-            padding_id=padding_id,
-            lengths=lengths,
-            segment_ids=segment_ids,
-            cu_seqlens=cu_seqlens,
+    if concatenated and len(shape) == len(axes):
+        call.fail(
+            f"{name} returned output{keystr(path)} of shape {shape}, which has no axis "
+            f"beyond the batch and segment axes {axes} to concatenate; return one with "
+            "y[..., None], or pass a merge such as jax.numpy.add."
         )
-        # Both layers get the sharding that the reversal gives to its result.
-        batch = range(len(layout.batch_axes))
-        x, _ = alike(call, (x, layout.batch_axes), (segments, batch))
-        first = jax.tree.leaves(x)[0]
-        axes = (*layout.batch_axes, layout.axis)
-        sizes = tuple(first.shape[a] for a in axes)
+    return y
 
-        def output(name: str, path: Any, y: Any) -> jax.Array:
-            shape = np.shape(y)
-            if len(shape) <= max(axes) or tuple(shape[a] for a in axes) != sizes:
-                call.fail(
-                    f"{name} returned output{keystr(path)} of shape {shape}, but every "
-                    f"output must have sizes {sizes} at axes {axes}, as x has; return "
-                    "only the outputs, and for final states use scan_segments or "
-                    "bidirectional_scan."
-                )
-            return y
 
-        def reverse(tree: Any) -> Any:
-            return jax.tree.map(lambda a: reverse_rows(call, a, segments, layout), tree)
+@compiled
+def _fill(x, lengths, *, call, layout):
+    valid, _ = masks(call, lengths, x.shape[layout.axis], layout)
+    return fill_padding(x, valid, False, layout)
 
-        results = []
-        for name, layer, inputs in (
-            ("forward", self.forward, x),
-            ("backward", self.backward, reverse(x)),
-        ):
-            check = partial(output, name)
-            results.append(jax.tree_util.tree_map_with_path(check, layer(inputs)))
-        return self.merge(results[0], reverse(results[1]))
+
+def _to_front(call: Call, x: Any, mask: Any, layout: Layout) -> Any:
+    """Moves the valid steps of each row to its front; returns the way back, too."""
+    if call.axis_name is not None:
+        call.fail(
+            f"mask and axis_name={call.axis_name!r} are both given, but valid steps "
+            "would move from device to device; give lengths or segment_ids."
+        )
+    order, rank, lengths = _orders(mask)
+    take = partial(_take, layout=layout)
+    x = jax.tree.map(lambda leaf: take(leaf, order), x)
+    padded = layout._replace(kind="padded")
+    return x, lengths, padded, lambda y: _zero(take(y, rank), mask, layout=layout)
+
+
+@compiled
+def _orders(mask):
+    """Which step comes to each position at the front, and where each step went."""
+    rank = jnp.cumsum(mask, -1, dtype=jnp.int32)
+    return jnp.argsort(~mask, -1), jnp.maximum(rank - 1, 0), rank[..., -1]
+
+
+@compiled
+def _take(x, index, *, layout):
+    index = align(index, x.ndim, layout)
+    return jnp.take_along_axis(x, index, layout.axis, mode="promise_in_bounds")
+
+
+@compiled
+def _zero(x, mask, *, layout):
+    return jnp.where(align(mask, x.ndim, layout), x, jnp.zeros((), x.dtype))

@@ -49,27 +49,53 @@ def check_batch(call: Call, name: str, array: Any, batch: tuple[int, ...]) -> No
         )
 
 
-def checked(call: Call, f: Callable[..., Any], batch: tuple[int, ...]):
-    """Wraps `f(carry, x)`: raises if its result is no pair, or the carry changes."""
+def describe(tree: Any) -> Any:
+    """Returns the types of a pytree, such as `float32[3,2]`."""
 
-    def describe(leaf: Any) -> str:
+    def leaf(leaf: Any) -> str:
         return str(jax.typeof(leaf).update(weak_type=False))
 
+    return jax.tree.map(leaf, tree)
+
+
+def same_types(a: Any, b: Any) -> bool:
+    """Whether two pytrees are equal in structure and types."""
+    return jax.tree.flatten(describe(a)) == jax.tree.flatten(describe(b))
+
+
+def check_step(call: Call, f: Callable[..., Any], batch: tuple[int, ...]):
+    """Wraps `f(carry, x)`: raises if its result is no pair, or the carry changes."""
+    pairs = call.function == "bidirectional_scan"
+
     def step(carry: Any, x: Any) -> tuple[Any, Any]:
-        out = f(carry, x)
+        given = describe(carry)
+        try:
+            out = f(carry, x)
+        except Exception as error:
+            error.add_note(
+                f"{call.function}: f was given the carry {given} and x {describe(x)}; "
+                f"the batch axes are {batch}."
+                + pairs
+                * " init is the pair (forward, backward) of two carries."
+            )
+            raise
         if not isinstance(out, (tuple, list)) or len(out) != 2:
             call.fail(
                 f"f must return a pair (carry, y), but returned {_kind(out)}; return "
-                "(carry, None) if there is no y.",
+                "(h, h) if the carry h is the output, and (h, None) if there is none.",
                 TypeError,
             )
         new, y = out
-        got, want = jax.tree.map(describe, new), jax.tree.map(describe, carry)
-        if jax.tree.flatten(got) != jax.tree.flatten(want):
+        if not same_types(new, carry):
+            hint = "and in sharding: see jax.lax.pcast and jax.sharding.reshard"
+            if same_types(tuple(out), carry):
+                hint = "a cell's (h, c) is the carry alone: return ((h, c), h)"
+            elif pairs:
+                hint = "init is a pair of carries, for an LSTM ((h, c), (h, c))"
             call.fail(
-                f"f was given a carry of {want}, but returned one of {got}; make init "
-                "and what f returns equal in structure, shapes and dtypes (and in "
-                "sharding: see jax.lax.pcast and jax.sharding.reshard).",
+                f"f was given a carry of {given}, but returned one of {describe(new)}; "
+                "make init "
+                f"and what f returns equal in structure, shapes and dtypes ({hint}).",
                 TypeError,
             )
         for path, leaf in tree_leaves_with_path(y):
@@ -79,10 +105,39 @@ def checked(call: Call, f: Callable[..., Any], batch: tuple[int, ...]):
     return step
 
 
+def check_callable(call: Call, name: str, value: Any, remedy: str = "") -> None:
+    """Raises if an argument is no function."""
+    if not callable(value):
+        call.fail(
+            f"{name} is {value!r} of type {type(value).__name__}, but must be a "
+            f"function{remedy}.",
+            TypeError,
+        )
+
+
+def check_carry_in(call: Call, carry_in: Any, name: str, like: Any) -> None:
+    """Raises unless `carry_in` has the structure, shapes and dtypes of `like`."""
+
+    def short(x: Any) -> str:
+        return f"{x.dtype}[{','.join(map(str, x.shape))}]"
+
+    got, want = (jax.tree.map(short, tree) for tree in (carry_in, like))
+    if jax.tree.flatten(got) == jax.tree.flatten(want):
+        return
+    shapes = [
+        jax.tree.flatten(jax.tree.map(lambda x: x.shape, t)) for t in (carry_in, like)
+    ]
+    call.fail(
+        f"carry_in is {got}, but must be {want}, like {name} in structure, shapes and "
+        "dtypes; convert it with .astype or jax.numpy.broadcast_to.",
+        TypeError if shapes[0] == shapes[1] else ValueError,
+    )
+
+
 def check_unroll(call: Call, unroll: Any) -> None:
     """Raises if `unroll` is not what `lax.scan` takes."""
-    if not isinstance(unroll, bool) and call.integer("unroll", unroll) < 1:
-        call.fail(f"unroll is {unroll}; use 1 or more, or True.")
+    if not isinstance(unroll, bool) and call.integer("unroll", unroll) < 0:
+        call.fail(f"unroll is {unroll}; use 1 or more, or 0 or True for all steps.")
 
 
 def as_pair(call: Call, name: str, pair: Any) -> tuple[Any, Any]:

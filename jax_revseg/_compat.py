@@ -12,6 +12,7 @@ from typing import Any
 
 import jax
 from jax._src import checkify, core
+from jax._src.interpreters.partial_eval import DynamicJaxprTrace
 from jax.experimental import jet
 from jax.interpreters import ad as ad, batching as batching, mlir as mlir
 from jax.interpreters.xla import apply_primitive as apply_primitive
@@ -44,8 +45,42 @@ def vary_like(x: jax.Array, *others: jax.Array) -> jax.Array:
 
 
 def staged() -> bool:
-    """Returns whether operations are traced here, not run at once."""
-    return not core.trace_ctx.is_top_level()
+    """Returns whether operations go into a jaxpr here; under eager `grad` they run."""
+    trace = core.trace_ctx.trace
+    while trace is not None and not isinstance(trace, DynamicJaxprTrace):
+        trace = getattr(trace, "parent_trace", None)
+    return trace is not None
+
+
+def any_device(x: jax.Array) -> jax.Array:
+    """Returns whether `x` is true on any device over whose manual axes it varies."""
+    axes = tuple(varying(x))
+    return jax.lax.pmax(x.astype(int), axes) > 0 if axes else x
+
+
+def run_if(condition: jax.Array, fun: Any, carry: Any, operands: Any) -> Any:
+    """Runs `fun(carry, operands) -> (carry, ys)`, or returns the carry and zeros."""
+    given = jax.tree.leaves((carry, operands))
+
+    def leaf(y: Any) -> jax.Array:
+        zeros = vary_like(jax.numpy.zeros(y.shape, y.dtype), *given)
+        return zeros if y.sharding is None else reshard_to(zeros, y.sharding)
+
+    def alike(tree: Any) -> Any:
+        return jax.tree.map(lambda x: vary_like(x, *given), tree)
+
+    ys = jax.eval_shape(fun, carry, operands)[1]
+    if any(
+        jax.numpy.issubdtype(y.dtype, jax.dtypes.extended) for y in jax.tree.leaves(ys)
+    ):
+        return fun(carry, operands)  # Keys have no zero.
+    return jax.lax.cond(
+        condition,
+        lambda carry, operands: alike(fun(carry, operands)),
+        lambda carry, _: alike((carry, jax.tree.map(leaf, ys))),
+        carry,
+        operands,
+    )
 
 
 def reshard_to(x: jax.Array, sharding: NamedSharding) -> jax.Array:

@@ -23,7 +23,8 @@ class HostValues(NamedTuple):
 
     def checked(self) -> tuple[np.ndarray, Layout]:
         """Returns segments in the dtype of positions; raises for a bad value."""
-        if self.layout.kind == "mask":
+        if self.layout.kind in ("mask", "starts"):
+            self._refuse_equal_blocks()
             return self.values, self.layout
         if self.layout.kind == "ids":
             return self._ids()
@@ -57,10 +58,12 @@ class HostValues(NamedTuple):
         self._raise_at(bad, f"must lie between 0 and {self._limit}; clip or correct it")
         if self.layout.kind == "packed" and static:
             sums = np.asarray(values.astype(np.int64).sum(-1))
+            remedy = "correct them (for one length a row use reverse_sequence)"
+            if not self.call.reverses:
+                remedy = "give lengths with sum(lengths) <= len(x)"
             self._raise_at(
                 sums > size,
-                f"must not pass {self._limit}; correct them (for one length a row use "
-                "reverse_sequence)",
+                f"must not pass {self._limit}; {remedy}",
                 "lengths.sum(-1)",
                 sums,
             )
@@ -80,13 +83,16 @@ class HostValues(NamedTuple):
             self._raise_at(values > size, rule)
         return np.diff(values)
 
-    def _ids(self) -> tuple[np.ndarray, Layout]:
+    def _refuse_equal_blocks(self) -> None:
         if self.devices > 1:
             self.call.fail(
-                f"segment_ids is on the host, the same on all {self.devices} "
-                "devices of axis_name, which hold different blocks of the ids; pass it "
-                "into shard_map with in_specs like those of x."
+                f"{self.name} is on the host, the same on all {self.devices} devices "
+                "of axis_name, which hold different blocks of it; pass it into "
+                "shard_map with in_specs like those of x."
             )
+
+    def _ids(self) -> tuple[np.ndarray, Layout]:
+        self._refuse_equal_blocks()
         # Ids that differ only past 32 bits would become equal on a device: number the
         # runs instead, from 1.
         values, layout = self.values, self.layout
@@ -102,6 +108,6 @@ class HostValues(NamedTuple):
 def _as_positions(values: np.ndarray, size: Any) -> np.ndarray:
     """Casts checked host values to the dtype of positions, saturating."""
     dtype = position_dtype(size)
-    if values.dtype.itemsize == 8:  # Objects, too.
+    if values.dtype.itemsize == 8:
         values = np.asarray(np.minimum(values, np.iinfo(dtype).max))  # May be an int.
     return values.astype(dtype, copy=False)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Literal, NamedTuple
 
-Kind = Literal["padded", "packed", "ids", "mask"]
+Kind = Literal["padded", "packed", "ids", "starts", "mask"]
 
 
 class Layout(NamedTuple):
@@ -12,19 +12,27 @@ class Layout(NamedTuple):
 
     Attributes:
         kind: What `segments` holds for each row: one length ("padded"), `(K,)` lengths
-            of segments laid end to end ("packed"), or `(T,)` ids ("ids"). Scans also
-            have `(T,)` booleans ("mask"), which never reach the primitive.
+            of segments laid end to end ("packed"), `(T,)` ids ("ids"), or `(T,)`
+            booleans that are true where a segment starts ("starts"). A mask of valid
+            steps ("mask") never reaches the primitive.
         axis: The segment axis of `x`, counted from 0.
         batch_axes: Entry `i` names the axis of `x` that goes with axis `i` of
             `segments`. The entries are unsorted on purpose: `vmap` inserts the mapped
             axis as one more entry, so no axis of `x` ever moves.
         padding_id: The id whose runs are padding; None if there is none.
+        function: The public function that was called, for the messages of checkify.
     """
 
     kind: Kind
     axis: int
     batch_axes: tuple[int, ...]
     padding_id: int | None = None
+    function: str = "reverse_segments"
+
+    @property
+    def per_step(self) -> bool:
+        """Whether `segments` has an entry for each position."""
+        return self.kind in ("ids", "starts", "mask")
 
     def mapped(self, x_dim: int, segments_dim: int | None) -> Layout:
         """Returns the layout after `vmap` adds a dimension to `x`, or to both."""

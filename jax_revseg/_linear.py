@@ -7,7 +7,8 @@ itself, or of its transpose, on another operand.
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import lru_cache, partial
+from functools import partial, wraps
+from inspect import getfullargspec
 from typing import Any
 
 import jax
@@ -16,14 +17,19 @@ from jax_revseg import _compat
 from jax_revseg._compat import ad, batching, mlir
 
 
-@lru_cache(maxsize=4096)
-def compiled(fun: Callable[..., Any], *static: Any) -> Callable[..., Any]:
-    """Returns `fun(*static, ...)`, compiled: its constants need no transfer per call.
+def compiled(fun: Callable[..., Any]) -> Callable[..., Any]:
+    """Compiles eager calls of `fun`, whose keyword-only arguments are static.
 
-    One jitted function for each static value is called faster than one function with
-    static arguments.
+    While a program is traced, `fun` itself runs. jax2onnx replaces functions of `jnp`
+    while it traces, and `jax.jit` would keep what it has traced then.
     """
-    return jax.jit(partial(fun, *static))
+    jitted = jax.jit(fun, static_argnames=getfullargspec(fun).kwonlyargs)
+
+    @wraps(fun)
+    def call(*args: Any, **static: Any) -> Any:
+        return (fun if _compat.staged() else jitted)(*args, **static)
+
+    return call
 
 
 def _check_operands(name: str, x: Any, segments: Any) -> None:

@@ -16,6 +16,7 @@ from jax import lax
 from jax_revseg import _compat
 from jax_revseg._boundaries import reverse_between, shift, take_last, to_words
 from jax_revseg._layout import Layout
+from jax_revseg._linear import compiled
 
 
 def position_dtype(size: int) -> np.dtype:
@@ -45,10 +46,11 @@ def clip_lengths(lengths: jax.Array, size: int) -> jax.Array:
 def packed_sums(lengths: jax.Array, size: int) -> jax.Array:
     """The running sum of packed lengths: exact up to `size`, then above `size`."""
     count = lengths.shape[-1]
-    lengths = clip_lengths(lengths, size).astype(jnp.uint32)
+    lengths = clip_lengths(lengths, size)
+    if isinstance(count, int) and isinstance(size, int) and count * size < 2**31:
+        return lax.cumsum(lengths, lengths.ndim - 1)  # ONNX Runtime sums no uint32.
+    lengths = lengths.astype(jnp.uint32)
     sums = lax.cumsum(lengths, lengths.ndim - 1)
-    if isinstance(count, int) and isinstance(size, int) and count * size < 2**32:
-        return sums
     # A sum that is less than its last term has wrapped, for the first time well past
     # `size`; from there on the running maximum keeps the largest number.
     sums = jnp.maximum(sums, -(sums < lengths).astype(jnp.uint32))
@@ -57,9 +59,9 @@ def packed_sums(lengths: jax.Array, size: int) -> jax.Array:
 
 def packed_ends(lengths: jax.Array, size: int) -> jax.Array:
     """The end of each packed segment, cut at `size`."""
-    limit = np.uint32(size) if isinstance(size, int) else size
-    ends = jnp.minimum(packed_sums(lengths, size), limit)
-    return ends.astype(position_dtype(size))
+    sums = packed_sums(lengths, size)
+    limit = np.asarray(size, sums.dtype) if isinstance(size, int) else size
+    return jnp.minimum(sums, limit).astype(position_dtype(size))
 
 
 def starts_of(ends: jax.Array) -> jax.Array:
@@ -147,16 +149,19 @@ def _packed_index(lengths, size):
     return reverse_between(words, size)
 
 
-def _ids_index(ids, size, padding_id):
-    last = ids.ndim - 1
+def _index_per_step(segments, size, layout):
+    last = segments.ndim - 1
     side = [(0, 0, 0)] * last
-    zero = jnp.zeros((), ids.dtype)
-    before = lax.pad(ids, zero, [*side, (1, 0, 0)])
-    after = lax.pad(ids, zero, [*side, (0, 1, 0)])
-    t = lax.broadcasted_iota(jnp.uint32, before.shape, last)
-    starts = (before != after) | (t == 0) | (t == jnp.asarray(size, jnp.uint32))
-    if padding_id is not None:  # Each position of padding is its own segment.
-        starts |= after == jnp.asarray(padding_id, ids.dtype)
+    zero = jnp.zeros((), segments.dtype)
+    after = lax.pad(segments, zero, [*side, (0, 1, 0)])
+    t = lax.broadcasted_iota(jnp.uint32, after.shape, last)
+    starts = (t == 0) | (t == jnp.asarray(size, jnp.uint32))
+    if layout.kind == "starts":
+        starts |= after
+    else:
+        starts |= lax.pad(segments, zero, [*side, (1, 0, 0)]) != after
+    if layout.padding_id is not None:  # Each position of padding is its own segment.
+        starts |= after == jnp.asarray(layout.padding_id, segments.dtype)
     return reverse_between(to_words(starts), size)
 
 
@@ -166,12 +171,12 @@ def source_index(segments: jax.Array, size: int, layout: Layout) -> jax.Array:
         return _padded_index(segments, size)
     if layout.kind == "packed":
         return _packed_index(segments, size)
-    return _ids_index(segments, size, layout.padding_id)
+    return _index_per_step(segments, size, layout)
 
 
 def padding_mask(segments: jax.Array, size: int, layout: Layout) -> jax.Array:
     """Whether each position is outside all segments: `(*batch, size)`."""
-    if layout.kind == "ids":
+    if layout.per_step:
         if layout.padding_id is None:
             return jnp.zeros_like(segments, bool)
         return segments == jnp.asarray(layout.padding_id, segments.dtype)
@@ -191,11 +196,17 @@ def align(values: jax.Array, ndim: int, layout: Layout) -> jax.Array:
     return lax.expand_dims(lax.transpose(values, order), others)
 
 
-def fill(layout: Layout, constant: Any, x: jax.Array, segments: Any, value: Any):
-    """Writes a scalar, a `Constant` or else `value`, into the padding of `x`."""
+def fill(x: jax.Array, segments: Any, value: Any, layout: Layout) -> jax.Array:
+    """Writes a scalar into the padding of `x`."""
+    if isinstance(value, np.ndarray) and not _compat.staged():
+        value = jax.device_put(value)  # Explicitly, for `jax.transfer_guard`.
+    return _fill(x, segments, value, layout=layout)
+
+
+@compiled
+def _fill(x, segments, value, *, layout):
     if 0 in x.shape:  # For an empty array, `where` returns the value's type.
         return x
-    value = constant.array() if constant else value
     mask = padding_mask(segments, x.shape[layout.axis], layout)
     return jnp.where(align(mask, x.ndim, layout), value, x)
 

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike
 
-from jax_revseg._arguments import Call, Integers, split_constant
+from jax_revseg._arguments import Call, Integers
 from jax_revseg._layout import Layout
 from jax_revseg._linear import compiled
 from jax_revseg._lowering import fill, packed_ends, saturate, starts_of
@@ -63,11 +63,10 @@ def pack_segments(
     values, _ = parse_segments(call, x, 0, (), lengths_kind="packed", lengths=values)
     max_length = _size_or(call, "max_length", max_length, values, np.max)
     value = call.scalar(padding_value, x)
-    constant, value = split_constant(value)
     rows = bind(x, values, size=max_length, unpack=False)
-    if constant is not None and not any(constant.bits):  # The padding is zero already.
-        return rows
-    return compiled(_fill_rows, constant)(rows, x, values, value)
+    if isinstance(value, np.ndarray) and not any(value.tobytes()):
+        return rows  # The padding is zero already.
+    return fill(rows, _row_lengths(x, values), value, _ROWS)
 
 
 def unpack_segments(
@@ -129,7 +128,7 @@ def unpack_segments(
                 f"make it {total} or more."
             )
     # A row gives as many steps as it has; negative lengths remain, for checkify.
-    values = compiled(_saturate)(x, values)
+    values = _saturate(x, values)
     return bind(x, values, size=total_length, unpack=True)
 
 
@@ -163,10 +162,12 @@ def _cut_host_lengths(call: Call, lengths: np.ndarray, limit: Any) -> np.ndarray
     return np.minimum(lengths, min(limit, 2**31 - 1)).astype(np.int32)
 
 
-def _fill_rows(constant, rows, x, lengths, value):
+@compiled
+def _row_lengths(x, lengths):
     ends = packed_ends(lengths, x.shape[0])
-    return fill(_ROWS, constant, rows, ends - starts_of(ends), value)
+    return ends - starts_of(ends)
 
 
+@compiled
 def _saturate(x, lengths):
     return saturate(lengths, x.shape[1])

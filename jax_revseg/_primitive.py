@@ -1,10 +1,9 @@
 """The primitive `reverse_segments` and its rules; the registrations stand last.
 
-    reverse_segments[layout=Layout(kind='padded', axis=1, batch_axes=(0,),
-                     padding_id=None)] x segments
+    reverse_segments[layout=Layout(kind='padded', axis=1, batch_axes=(0,), ...)] x segments
 
 `segments` has the shape `[x.shape[a] for a in layout.batch_axes]`, followed by nothing
-for padded lengths, `(K,)` for packed lengths and `(T,)` for ids. The parameter is stable,
+for padded lengths, `(K,)` for packed lengths and `(T,)` for ids and starts. The parameter is stable,
 for interpreters and exporters of jaxprs; bind through the public functions.
 
 The map is a permutation and its own inverse, hence linear and its own transpose.
@@ -31,10 +30,20 @@ def bind(x, segments, layout):
     return reverse_segments_p.bind(x, segments, layout=layout)
 
 
-_EXCHANGE = """
-    mesh, specs = jax.typeof(x).sharding.mesh, (jax.P(...), jax.P(...))  # x, lengths
-    f = partial(reverse_sequence, axis_name={name!r})
-    out = jax.shard_map(f, mesh=mesh, in_specs=specs, out_specs=specs[0])(x, lengths)
+def _exchange(name, layout):
+    """Returns the code that exchanges blocks, in the terms of the user's call."""
+    given, layers = "segment_ids" if layout.kind == "ids" else layout.kind, ""
+    if layout.function == "bidirectional":
+        given, layers = (
+            {"packed": "cu_seqlens"}.get(given, given),
+            "forward, backward, ",
+        )
+    given = given if given in ("segment_ids", "cu_seqlens", "starts") else "lengths"
+    return f"""
+    def f(x, {given}):
+        return {layout.function}({layers}x, {given}={given}, axis_name={name!r})
+    mesh, specs = jax.typeof(x).sharding.mesh, (jax.P(...), jax.P(...))
+    out = jax.shard_map(f, mesh=mesh, in_specs=specs, out_specs=specs[0])(x, {given})
 """
 
 
@@ -44,10 +53,9 @@ def _merged_spec(x, segments, layout):
     name = spec[layout.axis]
     if name is not None:
         raise ValueError(
-            f"reverse_segments: axis {layout.axis} of x, the segment axis, is sharded "
+            f"{layout.function}: axis {layout.axis} of x, the segment axis, is sharded "
             f"over mesh axis {name!r}. Replicate that axis with jax.sharding.reshard, "
-            f"or exchange blocks with axis_name={name!r}:\n"
-            + _EXCHANGE.format(name=name)
+            f"or exchange blocks with axis_name={name!r}:\n{_exchange(name, layout)}"
         )
     for i, name in enumerate(segments.sharding.spec):
         if name is None:
@@ -62,7 +70,7 @@ def _merged_spec(x, segments, layout):
         else:
             but = "it runs along the segment axis, which cannot be sharded"
         raise ValueError(
-            f"reverse_segments: axis {i} of the lengths or ids is sharded over mesh "
+            f"{layout.function}: axis {i} of the lengths or ids is sharded over mesh "
             f"axis {name!r}, but {but}. Give both the same sharding with "
             "jax.sharding.reshard."
         )
@@ -115,11 +123,11 @@ def length_error(name, lengths, size, limit, *, packed=True):
 
 
 def _reverse_segments_checkify(x, segments, *, layout):
-    if layout.kind == "ids":  # No id is out of range.
+    if layout.per_step:  # No id is out of range.
         return jnp.bool_(False), "", {}
-    limit, packed = f"the size of axis {layout.axis} of x", layout.kind == "packed"
-    size = x.shape[layout.axis]
-    return length_error("reverse_segments", segments, size, limit, packed=packed)
+    size, limit = x.shape[layout.axis], "the size of the segment axis"
+    packed = layout.kind == "packed"
+    return length_error(layout.function, segments, size, limit, packed=packed)
 
 
 # One function in the module for any number of calls with these shapes.

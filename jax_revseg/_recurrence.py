@@ -1,9 +1,9 @@
-"""The parts of the three scans: valid steps, restarts, padding, one loop.
+"""The programs of `scan_segments` and `bidirectional_scan`.
 
 A step of the loop gives `f` the carry where the segment goes on, and `init` where it
-starts and at padding. At padding, `f` also gets the first valid step of the row in
-place of x, and its result is discarded. So `f` never sees an input that a loop over
-valid steps would not give it, and padding cannot cause NaNs, not even in gradients.
+starts. At padding, `f` gets the carry that enters the row and the first valid step of
+the row, and its result is discarded. So `f` never sees an input that a loop over valid
+steps would not give it, and padding cannot cause NaNs, not even in gradients.
 """
 
 from __future__ import annotations
@@ -13,145 +13,171 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import lax
-from jax.tree_util import keystr, tree_leaves_with_path, tree_map_with_path
+from jax.tree_util import keystr, tree_map_with_path
 
+from jax_revseg import _compat
 from jax_revseg._arguments import Call
-from jax_revseg._boundaries import shift
-from jax_revseg._carry import alike
+from jax_revseg._carry import alike, check_step
 from jax_revseg._layout import Layout
-from jax_revseg._linear import compiled
-from jax_revseg._lowering import align, padding_mask
-from jax_revseg._primitive import bind
-from jax_revseg._segments import parse_arrays
+from jax_revseg._steps import (
+    fill_padding,
+    first_steps,
+    lend,
+    masks,
+    resets,
+    select,
+    zero_padding,
+)
 
 
-class Rows(NamedTuple):
-    """The arrays of a scan, and masks of shape `(*batch, T)` over their steps."""
+class _Loop(NamedTuple):
+    """What a loop needs: carries of `(*batch, ...)`, and time-major arrays."""
 
+    carry: Any  # Before the first step.
+    init: Any  # At the start of a segment.
+    padding: Any  # At padding; None where `init` is right there, too.
     xs: Any
-    layout: Layout  # Of each array in xs.
-    valid: jax.Array
-    keys: jax.Array | None  # They differ between neighbouring segments; None for masks.
-
-    @property
-    def batch(self) -> tuple[int, ...]:
-        """The sizes of the batch axes."""
-        return self.valid.shape[:-1]
-
-    def starts(self, reverse: bool) -> jax.Array:
-        """Whether a step starts a segment, in this direction, or is padding."""
-        return compiled(_starts, reverse)(self.valid, self.keys)
+    valid: jax.Array | None  # None if all steps are.
+    starts: jax.Array | None  # Of a segment, or padding; None for one segment a row.
 
 
-def parse_rows(
-    call: Call, name: str, xs: Any, axis: int | None, **encodings: Any
-) -> Rows:
-    """Returns the arrays of the pytree `xs`, and the masks that its segments need."""
-    xs, segments, layout = parse_arrays(call, name, xs, axis, **encodings)
-    for path, x in tree_leaves_with_path(xs):
-        _check_whole(call, f"{name}{keystr(path)}", x, layout.axis)
-    if argument := {"ids": "segment_ids", "mask": "mask"}.get(layout.kind):
-        _check_whole(call, argument, segments, segments.ndim - 1)
-    first = jax.tree.leaves(xs)[0]
-    masks = compiled(_masks, layout)(first, segments)
-    batch = range(len(layout.batch_axes))
-    xs, (valid, keys) = alike(call, (xs, layout.batch_axes), (masks, batch))
-    return Rows(xs, layout, valid, keys)
+def _prepare(
+    init: Any,
+    carry_in: Any,
+    xs: Any,
+    segments: Any,
+    call: Call,
+    layout: Layout,
+    reverse: bool,
+    chunk: int = 1,
+) -> _Loop:
+    """Finds valid steps and starts, fills the padding, and puts time in front."""
+    axis, batch_axes = layout.axis, layout.batch_axes
+    batch, size = _sizes(xs, layout)
+    rows, over_time = range(len(batch)), len(batch)
+    valid, starts = masks(call, segments, size, layout)
+    if missing := -size % chunk:  # More padding, for chunks of one size.
+        valid = jnp.ones((*batch, size), bool) if valid is None else valid
+        valid = _grow(valid, over_time, missing)
+        starts = starts if starts is None else _grow(starts, over_time, missing)
+        starts = starts if starts is None else starts | ~valid
+        xs = jax.tree.map(lambda x: _grow(x, axis, missing), xs)
+    init, carry_in, xs, (valid, starts) = alike(
+        call, (init, rows), (carry_in, rows), (xs, batch_axes), ((valid, starts), rows)
+    )
+    carry, padding = init if carry_in is None else carry_in, None
+    if starts is not None:
+        starts = resets(call, valid, starts, reverse)
+        if carry_in is not None:  # The first segment goes on from there.
+            starts &= ~first_steps(call, valid, starts, reverse)
+    if valid is not None:
+        some = valid.any(-1)
+        padding = jax.tree.map(lambda c: lend(c, some, rows), carry)
+        if starts is not None and carry_in is None:  # Padding counts as a start.
+            init, padding = padding, None
+        xs = jax.tree.map(lambda x: fill_padding(x, valid, reverse, layout), xs)
+    xs = jax.tree.map(lambda x: jnp.moveaxis(x, axis, 0), xs)
+    valid, starts = jax.tree.map(lambda m: jnp.moveaxis(m, -1, 0), (valid, starts))
+    return _Loop(carry, init, padding, xs, valid, starts)
 
 
-def _check_whole(call: Call, name: str, array: Any, axis: int) -> None:
-    over = jax.typeof(array).sharding.spec[axis]
-    if over is not None:
-        call.fail(
-            f"axis {axis} of {name}, the segment axis, is sharded over mesh axis "
-            f"{over!r}, but a scan runs along it; replicate that axis with "
-            "jax.sharding.reshard."
-        )
+def _grow(x: jax.Array, axis: int, missing: int) -> jax.Array:
+    shape = (*x.shape[:axis], missing, *x.shape[axis + 1 :])
+    return lax.concatenate([x, lax.full_like(x, 0, shape=shape)], axis)
 
 
-def _masks(layout, x, segments):
-    if layout.kind == "mask":  # A masked step holds the carry.
-        return segments, None
-    size = x.shape[layout.axis]
-    valid = ~padding_mask(segments, size, layout)
-    if layout.kind == "ids":
-        return valid, segments
-    t = lax.broadcasted_iota(jnp.int32, valid.shape, valid.ndim - 1)
-    batch_axes = tuple(range(valid.ndim - 1))
-    positions = layout._replace(axis=valid.ndim - 1, batch_axes=batch_axes)
-    # The source of a step plus the step is start + end - 1: one number a segment. Under
-    # checkify this bind checks the lengths.
-    return valid, t + bind(t, segments, positions)
+# Without the checkpoint the loop would save masks as large as the carry for a gradient.
+_select = jax.checkpoint(select, prevent_cse=False)
 
 
-def _starts(reverse, valid, keys):
-    if keys is None:
-        return ~valid
-    by = -1 if reverse else 1
-    # Each step looks at the next one, and the pad comes last: in an associative scan
-    # XLA:CPU would compute a comparison again for each of its many users.
-    next_valid, next_key = shift(valid, -by), shift(keys, -by)
-    return shift(~next_valid | (keys != next_key), by, True)
-
-
-def fill_padding(reverse: bool, layout: Layout, x: jax.Array, valid: jax.Array):
-    """Replaces padding by the first valid step of the row, in the scan's direction."""
-    if 0 in x.shape or jnp.issubdtype(x.dtype, jax.dtypes.extended):
-        return x  # Any key is as good as another.
-    index = jnp.argmax(jnp.flip(valid, -1) if reverse else valid, -1, keepdims=True)
-    index = valid.shape[-1] - 1 - index if reverse else index
-    index = align(index, x.ndim, layout)
-    first = jnp.take_along_axis(x, index, layout.axis, mode="promise_in_bounds")
-    # Roots, logarithms and norms are smooth at 1/2, which a row without steps gets.
-    some = align(valid.any(-1, keepdims=True), x.ndim, layout)
-    first = lax.stop_gradient(jnp.where(some, first, jnp.full_like(first, 0.5)))
-    return jnp.where(align(valid, x.ndim, layout), x, first)
-
-
-def select(mask: jax.Array, a: Any, b: Any) -> Any:
-    """Takes `a` in the rows where the mask is true, else `b`."""
-
-    def leaf(a: jax.Array, b: jax.Array) -> jax.Array:
-        return jnp.where(lax.expand_dims(mask, range(mask.ndim, a.ndim)), a, b)
-
-    return jax.tree.map(leaf, a, b)
-
-
-def zero_padding(ys: jax.Array, valid: jax.Array) -> jax.Array:
-    """Sets `ys` to zero at padding; keys have no zero."""
-    if jnp.issubdtype(ys.dtype, jax.dtypes.extended):
-        return ys
-    return select(valid, ys, jnp.zeros_like(ys))
-
-
-def loop(step: Any, unroll: Any, reverse: bool, init: Any, xs: Any, valid, starts):
-    """Scans time-major arrays; returns the last carry of each row, and `ys`."""
-
+def _run_loop(step: Any, loop: _Loop, *, reverse=False, unroll=1, chunk=None) -> Any:
     def body(carry: Any, inputs: Any) -> tuple[Any, Any]:
         x, valid, starts = inputs
-        new, y = step(select(starts, init, carry), x)
-        return select(valid, new, carry), y
+        now = carry
+        if starts is not None:
+            now = _select(starts, loop.init, now)
+        if loop.padding is not None:
+            now = _select(valid, now, loop.padding)
+        new, y = step(now, x)
+        return (new if valid is None else _select(valid, new, carry)), y
 
-    inputs = (xs, valid, starts)
-    carry, ys = lax.scan(body, init, inputs, reverse=reverse, unroll=unroll)
-    return carry, jax.tree.map(lambda y: compiled(zero_padding)(y, valid), ys)
+    scan = partial(lax.scan, body, reverse=reverse, unroll=unroll)
+    inputs = loop.xs, loop.valid, loop.starts
+    if chunk is None:
+        return scan(loop.carry, inputs)
+
+    def scan_chunk(carry: Any, some_and_inputs: Any) -> tuple[Any, Any]:
+        some, *operands = some_and_inputs
+        if some is None:
+            return scan(carry, *operands)
+        return _compat.run_if(some, scan, carry, *operands)
+
+    inputs = jax.tree.map(lambda x: x.reshape(-1, chunk, *x.shape[1:]), inputs)
+    some = inputs[1]
+    if some is not None:  # `f` may have collectives: all devices must decide alike.
+        some = _compat.any_device(some.any(range(1, some.ndim)))
+    scan_chunk = jax.checkpoint(scan_chunk, prevent_cse=False)
+    carry, ys = lax.scan(scan_chunk, loop.carry, (some, inputs), reverse=reverse)
+    return carry, jax.tree.map(lambda y: y.reshape(-1, *y.shape[2:]), ys)
 
 
-def inputs(rows: Rows, reverse: bool) -> tuple[Any, jax.Array, jax.Array]:
-    """Time-major arrays without padding, and the two masks."""
-    batch = tuple(range(1, len(rows.batch) + 1))
-    layout = Layout("mask", 0, batch)
-    xs = jax.tree.map(lambda x: jnp.moveaxis(x, rows.layout.axis, 0), rows.xs)
-    fill = compiled(fill_padding, reverse, layout)
-    xs = jax.tree.map(lambda x: fill(x, rows.valid), xs)
-    valid, starts = rows.valid, rows.starts(reverse)
-    return xs, jnp.moveaxis(valid, -1, 0), jnp.moveaxis(starts, -1, 0)
+def scan_rows(f, init, carry_in, xs, segments, *, call, layout, reverse, unroll, chunk):
+    """The program of `scan_segments`."""
+    batch, size = _sizes(xs, layout)
+    loop = _prepare(init, carry_in, xs, segments, call, layout, reverse, chunk or 1)
+    step = check_step(call, f, batch)
+    carry, ys = _run_loop(step, loop, reverse=reverse, unroll=unroll, chunk=chunk)
+    ys = jax.tree.map(lambda y: y[:size], ys) if chunk else ys
+    valid = loop.valid if loop.valid is None else loop.valid[:size]
+    return carry, _outputs(call, ys, valid, layout.axis)
 
 
-def restore_axis(call: Call, ys: Any, axis: int) -> Any:
-    """Moves the segment axis of time-major `ys` to where `xs` has it."""
+def scan_both_ways(f, params, inits, xs, segments, *, call, layout, unroll):
+    """The program of `bidirectional_scan`."""
+    batch, _ = _sizes(xs, layout)
+    ways = [
+        _prepare(init, None, xs, segments, call, layout, reverse)
+        for init, reverse in zip(inits, (False, True), strict=True)
+    ]
+    valid = ways[0].valid
+    # From the end to the start, so that one loop can step through both directions.
+    over_time = {k: getattr(ways[1], k) for k in ("xs", "valid", "starts")}
+    ways[1] = ways[1]._replace(**jax.tree.map(_flip, over_time))
+    axes = _Loop(carry=0, init=0, padding=0, xs=1, valid=1, starts=1)
+    stacked = [
+        jax.tree.map(lambda a, b, axis=axis: jnp.stack([a, b], axis), *fields)
+        for *fields, axis in zip(*ways, axes, strict=True)
+    ]
+
+    def one_way(params: Any, loop: _Loop) -> Any:
+        step = check_step(call, partial(f, params), batch)
+        return _run_loop(step, loop, unroll=unroll)
+
+    # vmap turns a loop over one direction into one loop over both.
+    mapped = jax.vmap(one_way, (0, axes), (0, 1))
+    carries, ys = mapped(params, _Loop(*stacked))
+    outputs = [_one_way(ys, i, 1) for i in (0, 1)]
+    outputs[1] = jax.tree.map(_flip, outputs[1])
+    outputs = [_outputs(call, ys, valid, layout.axis) for ys in outputs]
+    return (_one_way(carries, 0), _one_way(carries, 1)), (outputs[0], outputs[1])
+
+
+def _sizes(xs: Any, layout: Layout) -> tuple[tuple[Any, ...], Any]:
+    shape = jax.tree.leaves(xs)[0].shape
+    return tuple(shape[a] for a in layout.batch_axes), shape[layout.axis]
+
+
+def _flip(x: jax.Array) -> jax.Array:
+    return jnp.flip(x, 0)
+
+
+def _one_way(tree: Any, i: int, axis: int = 0) -> Any:
+    return jax.tree.map(lambda x: lax.index_in_dim(x, i, axis, keepdims=False), tree)
+
+
+def _outputs(call: Call, ys: Any, valid: Any, axis: int) -> Any:
+    """Sets `ys` to zero at padding, and puts the segment axis where `xs` has it."""
 
     def leaf(path: Any, y: jax.Array) -> jax.Array:
         if axis >= y.ndim:
@@ -160,22 +186,6 @@ def restore_axis(call: Call, ys: Any, axis: int) -> Any:
                 f"{y.shape[1:]}, too few axes to put it there; move the segment axis "
                 "of xs right after the batch axes."
             )
-        return jnp.moveaxis(y, 0, axis)
+        return jnp.moveaxis(zero_padding(y, valid), 0, axis)
 
     return tree_map_with_path(leaf, ys)
-
-
-def combine(call: Call, fn: Any, a: Any, b: Any) -> Any:
-    """Combines pairs (whether a segment starts within, value) by `fn`."""
-    (starts_a, a), (starts_b, b) = a, b
-    # fn gets b twice where a belongs to another segment: an infinity in a would
-    # otherwise give NaN gradients, although the result is discarded.
-    out = fn(select(starts_b, b, a), b)
-    describe = partial(jax.tree.map, lambda x: f"{jnp.result_type(x)}{np.shape(x)}")
-    if jax.tree.flatten(describe(out)) != jax.tree.flatten(describe(b)):
-        call.fail(
-            f"fn was given {describe(b)}, but returned {describe(out)}; it must return "
-            "the structure, shapes and dtypes of elems.",
-            TypeError,
-        )
-    return starts_a | starts_b, select(starts_b, b, out)

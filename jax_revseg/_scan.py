@@ -7,29 +7,20 @@ from functools import partial
 from typing import Any
 
 import jax
-import jax.numpy as jnp
-from jax import lax
-
-from jax_revseg._arguments import Call, Integers
+from jax_revseg._arguments import AxisName, Call, Integers
+from jax_revseg._associative import combine_rows
 from jax_revseg._carry import (
-    alike,
     as_pair,
     carry_arrays,
+    check_callable,
+    check_carry_in,
     check_unroll,
-    checked,
     stack_pair,
 )
-from jax_revseg._linear import compiled
-from jax_revseg._lowering import align
-from jax_revseg._recurrence import (
-    Rows,
-    combine,
-    fill_padding,
-    inputs,
-    loop,
-    parse_rows,
-    restore_axis,
-)
+from jax_revseg._layout import Layout
+from jax_revseg._programs import run
+from jax_revseg._recurrence import scan_both_ways, scan_rows
+from jax_revseg._steps import parse_steps
 
 
 def scan_segments(
@@ -40,11 +31,14 @@ def scan_segments(
     *,
     segment_ids: Integers | None = None,
     cu_seqlens: Integers | None = None,
+    starts: Any = None,
     mask: Any = None,
     padding_id: int | None = None,
+    carry_in: Any = None,
     reverse: bool = False,
     axis: int | None = None,
     unroll: int | bool = 1,
+    chunk: int | None = None,
 ) -> tuple[Any, Any]:
     """Scans ragged rows: `jax.lax.scan` that skips padding and restarts at segments.
 
@@ -106,15 +100,31 @@ def scan_segments(
     Source: `jax.lax.scan`; masks as in `tf.keras.layers.RNN`.
     """
     call = Call("scan_segments")
+    check_callable(call, "f", f)
     check_unroll(call, unroll)
-    encodings = dict(lengths=lengths, segment_ids=segment_ids)
-    encodings.update(cu_seqlens=cu_seqlens, mask=mask)
-    rows = parse_rows(call, "xs", xs, axis, padding_id=padding_id, **encodings)
-    init = carry_arrays(call, "init", init, rows.batch)
-    operands = _alike(call, rows, init, *inputs(rows, reverse))
-    step = checked(call, f, rows.batch)
-    carry, ys = loop(step, unroll, reverse, *operands)
-    return carry, restore_axis(call, ys, rows.layout.axis)
+    encodings = dict(lengths=lengths, segment_ids=segment_ids, cu_seqlens=cu_seqlens)
+    encodings.update(starts=starts, mask=mask, padding_id=padding_id)
+    xs, segments, layout = parse_steps(call, "xs", xs, axis, **encodings)
+    batch = _batch(xs, layout)
+    init = carry_arrays(call, "init", init, batch)
+    if carry_in is not None:
+        carry_in = carry_arrays(call, "carry_in", carry_in, batch)
+        check_carry_in(call, carry_in, "init", init)
+    if chunk is not None and call.integer("chunk", chunk) < 1:
+        call.fail(f"chunk is {chunk}; use 1 or more, or None for one plain loop.")
+    return run(
+        scan_rows,
+        f,
+        init,
+        carry_in,
+        xs,
+        segments,
+        call=call,
+        layout=layout,
+        reverse=call.flag("reverse", reverse),
+        unroll=unroll,
+        chunk=chunk,
+    )
 
 
 def bidirectional_scan(
@@ -126,6 +136,7 @@ def bidirectional_scan(
     *,
     segment_ids: Integers | None = None,
     cu_seqlens: Integers | None = None,
+    starts: Any = None,
     mask: Any = None,
     padding_id: int | None = None,
     axis: int | None = None,
@@ -185,29 +196,17 @@ def bidirectional_scan(
     Transactions on Signal Processing 45 (1997).
     """
     call = Call("bidirectional_scan")
+    check_callable(call, "f", f)
     check_unroll(call, unroll)
-    encodings = dict(lengths=lengths, segment_ids=segment_ids)
-    encodings.update(cu_seqlens=cu_seqlens, mask=mask)
-    rows = parse_rows(call, "xs", xs, axis, padding_id=padding_id, **encodings)
+    encodings = dict(lengths=lengths, segment_ids=segment_ids, cu_seqlens=cu_seqlens)
+    encodings.update(starts=starts, mask=mask, padding_id=padding_id)
+    xs, segments, layout = parse_steps(call, "xs", xs, axis, **encodings)
     params, inits = as_pair(call, "params", params), as_pair(call, "init", init)
-    inits = [carry_arrays(call, f"init[{i}]", inits[i], rows.batch) for i in (0, 1)]
-    # From the end to the start, so that one loop can step through both directions.
-    ways = [inputs(rows, False), jax.tree.map(_flip, inputs(rows, True))]
-    ways = [_alike(call, rows, inits[i], *way) for i, way in enumerate(ways)]
-    stacked = [stack_pair(call, "params", params)]
-    stacked += [stack_pair(call, "init", [way[0] for way in ways])]
-    stacked += jax.tree.map(lambda a, b: jnp.stack([a, b], 1), *(w[1:] for w in ways))
-
-    def one_way(params: Any, init: Any, xs: Any, *masks: Any) -> Any:
-        step = checked(call, partial(f, params), rows.batch)
-        return loop(step, unroll, False, init, xs, *masks)
-
-    # vmap turns a loop over one direction into one loop over both.
-    carries, ys = jax.vmap(one_way, (0, 0, 1, 1, 1), (0, 1))(*stacked)
-    outputs = [_one_way(ys, i, 1) for i in (0, 1)]
-    outputs[1] = jax.tree.map(_flip, outputs[1])
-    outputs = [restore_axis(call, ys, rows.layout.axis) for ys in outputs]
-    return (_one_way(carries, 0), _one_way(carries, 1)), (outputs[0], outputs[1])
+    batch = _batch(xs, layout)
+    inits = [carry_arrays(call, f"init[{i}]", inits[i], batch) for i in (0, 1)]
+    params = stack_pair(call, "params", params)
+    static = dict(call=call, layout=layout, unroll=unroll)
+    return run(scan_both_ways, f, params, inits, xs, segments, **static)
 
 
 def associative_scan_segments(
@@ -217,9 +216,12 @@ def associative_scan_segments(
     *,
     segment_ids: Integers | None = None,
     cu_seqlens: Integers | None = None,
+    starts: Any = None,
     padding_id: int | None = None,
+    carry_in: Any = None,
     reverse: bool = False,
     axis: int | None = None,
+    axis_name: AxisName | None = None,
 ) -> Any:
     """Combines the steps of each segment in parallel: `jax.lax.associative_scan`.
 
@@ -265,28 +267,24 @@ def associative_scan_segments(
     Source: G. E. Blelloch, "Prefix sums and their applications" (1990), section 1.5,
     segmented scans.
     """
-    call = Call("associative_scan_segments")
+    call = Call("associative_scan_segments", axis_name=axis_name)
+    check_callable(call, "fn", fn)
     encodings = dict(lengths=lengths, segment_ids=segment_ids, cu_seqlens=cu_seqlens)
-    rows = parse_rows(call, "elems", elems, axis, padding_id=padding_id, **encodings)
-    layout = rows.layout
-    fill = compiled(fill_padding, reverse, layout)
-    filled = jax.tree.map(lambda x: fill(x, rows.valid), rows.xs)
-    rank = max(layout.axis, *layout.batch_axes, 0) + 1
-    starts = align(rows.starts(reverse), rank, layout)
-    step = partial(combine, call, fn)
-    pairs = (starts, filled)
-    return lax.associative_scan(step, pairs, reverse=reverse, axis=layout.axis)[1]
+    encodings.update(starts=starts, padding_id=padding_id)
+    elems, segments, layout = parse_steps(call, "elems", elems, axis, **encodings)
+    if carry_in is not None:
+        carry_in = carry_arrays(call, "carry_in", carry_in, _batch(elems, layout))
+        steps = jax.tree.map(partial(_one_step, layout.axis), elems)
+        check_carry_in(call, carry_in, "one step of elems", steps)
+    reverse = call.flag("reverse", reverse)
+    static = dict(call=call, layout=layout, reverse=reverse)
+    return run(combine_rows, fn, elems, carry_in, segments, **static)
 
 
-def _alike(call: Call, rows: Rows, init: Any, *time_major: Any) -> list[Any]:
-    axes = range(len(rows.batch))
-    return alike(call, (init, axes), *((x, [a + 1 for a in axes]) for x in time_major))
+def _batch(xs: Any, layout: Layout) -> tuple[int, ...]:
+    shape = jax.tree.leaves(xs)[0].shape
+    return tuple(shape[a] for a in layout.batch_axes)
 
 
-def _flip(x: jax.Array) -> jax.Array:
-    return jnp.flip(x, 0)
-
-
-def _one_way(tree: Any, i: int, axis: int = 0) -> Any:
-    # Indexing an array outside of jit would move i to the device.
-    return jax.tree.map(lambda x: lax.index_in_dim(x, i, axis, keepdims=False), tree)
+def _one_step(axis: int, x: jax.Array) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct((*x.shape[:axis], *x.shape[axis + 1 :]), x.dtype)

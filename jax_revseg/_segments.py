@@ -11,13 +11,20 @@ from typing import Any, NamedTuple, NoReturn
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+from jax.tree_util import keystr, tree_flatten_with_path
 
 from jax_revseg._arguments import BatchAxis, Call
 from jax_revseg._host_values import HostValues
 from jax_revseg._layout import Kind, Layout
 from jax_revseg._linear import compiled
 
-_KINDS: dict[str, Kind] = {"segment_ids": "ids", "cu_seqlens": "packed", "mask": "mask"}
+_KINDS: dict[str, Kind] = {
+    "segment_ids": "ids",
+    "cu_seqlens": "packed",
+    "starts": "starts",
+    "mask": "mask",
+}
 
 
 def parse_segments(
@@ -31,38 +38,73 @@ def parse_segments(
     **encodings: Any,
 ) -> tuple[Any, Layout]:
     """Returns the segments, from the one encoding that is given, and their layout."""
-    given = encodings
-    if len(encodings) > 1:
-        given = {name: value for name, value in encodings.items() if value is not None}
-    if len(given) != 1:
-        call.fail(
-            f"got {' and '.join(given) or 'none'} of {', '.join(encodings)}; give "
-            "exactly one of them."
-        )
-    ((name, encoding),) = given.items()
+    arrays = [(call.x_name, x.shape)]
+    return _parse(call, arrays, axis, batch_axis, lengths_kind, padding_id, **encodings)
+
+
+def parse_arrays(
+    call: Call,
+    name: str,
+    tree: Any,
+    axis: int | None,
+    batch_axis: BatchAxis = None,
+    *,
+    padding_id: int | None = None,
+    **encodings: Any,
+) -> tuple[Any, Any, Layout]:
+    """Returns the arrays of a pytree, which share their segments and their axes."""
+    leaves, treedef = tree_flatten_with_path(tree)
+    if not leaves:
+        call.fail(f"{name} is {tree!r}, a pytree without an array; give at least 1.")
+    calls = [call._replace(x_name=f"{name}{keystr(path)}") for path, _ in leaves]
+    arrays = [c.array(leaf) for c, (_, leaf) in zip(calls, leaves, strict=True)]
+    named = [(c.x_name, a.shape) for c, a in zip(calls, arrays, strict=True)]
+    segments, layout = _parse(
+        call, named, axis, batch_axis, "padded", padding_id, **encodings
+    )
+    return treedef.unflatten(arrays), segments, layout
+
+
+def _parse(
+    call: Call,
+    arrays: list[tuple[str, tuple[int, ...]]],
+    axis: int | None,
+    batch_axis: BatchAxis,
+    lengths_kind: Kind,
+    padding_id: int | None,
+    **encodings: Any,
+) -> tuple[Any, Layout]:
+    name, kind, encoding = _the_one(call, encodings, padding_id, lengths_kind)
     if padding_id is not None:
-        if name != "segment_ids":
-            call.fail(
-                f"padding_id is {padding_id!r}, but the segments are given by {name}; "
-                "padding_id goes with segment_ids only: leave it out."
-            )
         padding_id = call.integer("padding_id", padding_id)
     devices = call.devices  # Raises for a bad axis_name.
-    kind = lengths_kind if name == "lengths" else _KINDS[name]
-    parse = call.booleans if kind == "mask" else call.integers
+    parse = call.booleans if kind in ("mask", "starts") else call.integers
     values = parse(name, encoding)
     if axis is not None:
         axis = call.integer("axis", axis)
     if batch_axis is not None:
         axes = batch_axis if isinstance(batch_axis, (tuple, list)) else (batch_axis,)
         batch_axis = tuple(call.integer("batch_axis", a) for a in axes)
-    layout = _layout(call, x.shape, name, kind, values.shape, axis, batch_axis)
-    if kind == "ids":
-        layout = layout._replace(padding_id=padding_id)
+    found = {}
+    for x_name, shape in arrays:
+        of_x = call._replace(x_name=x_name)
+        layout = _layout(of_x, shape, name, kind, values.shape, axis, batch_axis)
+        found[layout, shape[layout.axis]] = f"{x_name} has shape {shape}"
+    if len(found) > 1:
+        call.fail(
+            f"the arrays disagree about the segment axis: {' and '.join(found.values())}"
+            "; give them the same axes, and count axis from the start."
+        )
+    call, shape = call._replace(x_name=arrays[0][0]), arrays[0][1]
+    layout = layout._replace(padding_id=padding_id)
+    if layout.per_step:  # From the order of x to (*batch, T).
+        numpy = jnp if isinstance(values, jax.Array) else np
+        at = sorted((*layout.batch_axes, layout.axis)).index(layout.axis)
+        values = numpy.moveaxis(values, at, -1) if at < values.ndim - 1 else values
     if not isinstance(values, jax.Array):
-        return HostValues(call, x.shape, name, values, layout, devices).checked()
+        return HostValues(call, shape, name, values, layout, devices).checked()
     if name == "cu_seqlens":
-        return compiled(_differences)(values), layout
+        return _differences(values), layout
     if padding_id is not None:
         info = jnp.iinfo(values.dtype)
         if not info.min <= padding_id <= info.max:
@@ -74,36 +116,23 @@ def parse_segments(
     return values, layout
 
 
-def parse_arrays(
-    call: Call,
-    name: str,
-    tree: Any,
-    axis: int | None,
-    batch_axis: BatchAxis = None,
-    **encodings: Any,
-) -> tuple[Any, Any, Layout]:
-    """Returns the arrays of a pytree, which share their segments and their axes."""
-    leaves, treedef = jax.tree_util.tree_flatten_with_path(tree)
-    if not leaves:
-        call.fail(f"{name} is {tree!r}, a pytree without an array; give at least 1.")
-    arrays, found = [], {}
-    for path, leaf in leaves:
-        leaf_call = call._replace(x_name=f"{name}{jax.tree_util.keystr(path)}")
-        array = leaf_call.array(leaf)
-        segments, layout = parse_segments(
-            leaf_call, array, axis, batch_axis, **encodings
-        )
-        arrays.append(array)
-        shape = f"{leaf_call.x_name} has shape {array.shape}"
-        found[layout, array.shape[layout.axis]] = (segments, shape)
-    if len(found) > 1:
+def _the_one(
+    call: Call, encodings: dict[str, Any], padding_id: Any, lengths_kind: Kind
+) -> tuple[str, Kind, Any]:
+    given = encodings
+    if len(encodings) > 1:
+        given = {name: value for name, value in encodings.items() if value is not None}
+    if len(given) != 1:
+        names = ", ".join(encodings)
+        got = f"both {' and '.join(given)}" if given else "none"
+        call.fail(f"got {got}; give exactly one of {names}.")
+    ((name, encoding),) = given.items()
+    if padding_id is not None and name != "segment_ids":
         call.fail(
-            f"the arrays disagree about the segment axis: "
-            f"{' and '.join(shape for _, shape in found.values())}; give them the same "
-            "axes, and count axis from the start."
+            f"padding_id is {padding_id!r}, but the segments are given by {name}; "
+            "padding_id goes with segment_ids only: leave it out."
         )
-    (((layout, _), (segments, _)),) = found.items()
-    return treedef.unflatten(arrays), segments, layout
+    return name, lengths_kind if name == "lengths" else _KINDS[name], encoding
 
 
 @lru_cache(maxsize=4096)  # Otherwise a fifth of the time of an eager call.
@@ -131,13 +160,12 @@ class _Shapes(NamedTuple):
     def layout(self, axis: int | None, batch_axis: tuple[int, ...] | None) -> Layout:
         """Counts all axes from 0, and compares the shapes."""
         x_shape, x_name, ndim = self.x_shape, self.call.x_name, len(self.x_shape)
-        shape = self.shape
-        if self.name == "cu_seqlens" and shape[-1:] == (0,):
+        if self.name == "cu_seqlens" and self.shape[-1:] == (0,):
             self._disagree(
                 "the last axis of cu_seqlens needs at least 1 entry, the leading 0; K "
                 "segments take K + 1 offsets"
             )
-        batch_rank = len(shape) - (self.kind != "padded")
+        batch_rank = len(self.shape) - (self.kind != "padded")
         if batch_rank < 0:
             self._disagree(
                 f"{self.name} needs at least 1 axis, the one that runs over the "
@@ -150,37 +178,35 @@ class _Shapes(NamedTuple):
         else:
             batch_axes = tuple(self._canonical("batch_axis", a) for a in batch_axis)
         if axis >= ndim or len(batch_axes) != batch_rank:
-            self._disagree(
-                f"{self.name} has {batch_rank} batch axes, but {x_name} (rank {ndim}) "
-                f"has batch axes {batch_axes} beside axis {axis}; give one entry for "
-                "each row, or name the axes with axis and batch_axis"
-            )
+            self._disagree(self._other_rank(batch_rank, axis, batch_axes))
         if len({*batch_axes, axis}) != batch_rank + 1:
             self.call.fail(
                 f"batch_axis {batch_axis} and axis {axis} must name different axes of "
                 f"{x_name} (shape {x_shape}); give axis and batch_axis explicitly."
             )
-        sizes = tuple(x_shape[a] for a in batch_axes)
-        if shape[:batch_rank] != sizes:
+        layout = Layout(self.kind, axis, batch_axes, None, self.call.function)
+        if layout.per_step:
+            layout = layout._replace(batch_axes=tuple(sorted(batch_axes)))
+            axes = tuple(sorted((*batch_axes, axis)))
+            if self.shape != (sizes := tuple(x_shape[a] for a in axes)):
+                self._disagree(self._other_steps(axes, sizes))
+        elif self.shape[:batch_rank] != (
+            sizes := tuple(x_shape[a] for a in batch_axes)
+        ):
             self._disagree(self._other_sizes(sizes, axis, batch_axes))
-        if self.kind in ("ids", "mask") and shape[-1] != x_shape[axis]:
-            self._disagree(
-                f"axis {axis} of {x_name} has size {x_shape[axis]}, so {self.name} "
-                f"needs that many entries a row, one for each position, but has "
-                f"{shape[-1]}"
-            )
-        return Layout(self.kind, axis, batch_axes)
+        return layout
 
     def _refuse_a_batch(self, axis: int | None) -> None:
         """Raises where axis 0, the segment axis by default, looks like a batch axis."""
-        if self.kind == "packed" and axis is None and len(self.shape) == 1:
-            count = self.shape[0] - (self.name == "cu_seqlens")
-            if count > 1 and len(self.x_shape) > 1 and self.x_shape[0] == count:
-                self._disagree(
-                    f"{count} segments along axis 0 of size {count}; use "
-                    "reverse_sequence for one length a row, give batch axes to "
-                    f"{self.name} for several, or pass axis=0 if that is right"
-                )
+        if self.name == "lengths" and self.kind == "packed" and axis is None:
+            count = self.shape[0]
+            if len(self.shape) == 1 < min(count, len(self.x_shape)):
+                if self.x_shape[0] == count:
+                    self._disagree(
+                        f"{count} segments along axis 0 of size {count}; use "
+                        "reverse_sequence for one length a row, give batch axes to "
+                        "lengths for several, or pass axis=0 if that is right"
+                    )
 
     def _canonical(self, argument: str, value: int) -> int:
         ndim = len(self.x_shape)
@@ -197,19 +223,49 @@ class _Shapes(NamedTuple):
             f"{self.x_shape}: {why}."
         )
 
+    def _other_rank(self, batch_rank: int, axis: int, batch_axes: Any) -> str:
+        remedy = "give one entry for each row, or name the axes with axis"
+        if self.call.reverses:
+            remedy += " and batch_axis"
+        elif len(self.x_shape) <= batch_rank:
+            remedy = (
+                f"give {self.call.x_name} the batch axes, with jax.numpy.broadcast_to "
+                "if all rows are equal"
+            )
+        return (
+            f"{self.name} has {batch_rank} batch axes, but {self.call.x_name} (rank "
+            f"{len(self.x_shape)}) has batch axes {batch_axes} beside axis {axis}; "
+            f"{remedy}{self._several()}"
+        )
+
     def _other_sizes(self, sizes: Any, axis: int, batch_axes: Any) -> str:
         batch = self.shape[: len(sizes)]
         remedy = "give one entry for each row, or name the axes with axis"
         if axis == len(sizes) and self.x_shape[1 : axis + 1] == batch:
             remedy = f"if {self.call.x_name} is time-major, use axis=0"
-            if self.kind in ("ids", "mask"):
-                remedy += f" ({self.name} stays batch-major)"
         return (
             f"the batch axes {batch_axes} of {self.call.x_name} have sizes {sizes}, "
-            f"but {self.name} has {batch}; {remedy}"
+            f"but {self.name} has {batch}; {remedy}{self._several()}"
+        )
+
+    def _several(self) -> str:
+        if self.kind != "padded" or len(self.shape) < 2:
+            return ""
+        use = "cu_seqlens= or segment_ids="
+        use = "reverse_segments" if self.call.reverses else use
+        return f"; for several segments a row use {use}"
+
+    def _other_steps(self, axes: Any, sizes: Any) -> str:
+        remedy = "correct it, or name the axes with axis"
+        if self.shape == sizes[::-1]:
+            remedy = f"transpose it, or use axis=0 if {self.call.x_name} is time-major"
+        return (
+            f"{self.name} has one entry for each position and lies like "
+            f"{self.call.x_name}, whose axes {axes} have sizes {sizes}; {remedy}"
         )
 
 
+@compiled
 def _differences(offsets: jax.Array) -> jax.Array:
     """Subtracts neighbouring offsets exactly, also where a difference would wrap."""
     bits = max(jnp.iinfo(offsets.dtype).bits, 32)

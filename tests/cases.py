@@ -96,6 +96,10 @@ class Case:
     def call(self, x: Any, segments: Any, **more: Any) -> jax.Array:
         """The public function on these operands."""
         keywords = self.keywords() | more
+        if self.layout == "ids":  # They lie like x.
+            order = np.argsort((*self.batch_axes, self.axis))
+            numpy = jnp if isinstance(segments, jax.Array) else np
+            segments = numpy.transpose(segments, order)
         if self.layout == "padded":
             return reverse_sequence(x, segments, **keywords)
         argument = {"packed": "lengths", "ids": "segment_ids", "offsets": "cu_seqlens"}

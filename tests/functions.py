@@ -51,7 +51,7 @@ REVERSALS = {
     "ids": lambda x, o: reverse_segments(x, segment_ids=o["ids"], padding_id=0),
     "offsets": lambda x, o: reverse_segments(x, cu_seqlens=o["offsets"]),
     "order": lambda x, o: reverse_segment_order(x, o["k"]),
-    "bidirectional": lambda x, o: bidirectional(sums, sums, merge=stack)(x, o["n"]),
+    "bidirectional": lambda x, o: bidirectional(sums, sums, x, o["n"], merge=stack),
 }
 PACKING = {
     "pack": lambda x, o: pack_segments(x, o["few"], max_length=3),
