@@ -8,7 +8,6 @@ import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
-from jax_revseg import _compat
 from jax_revseg._arguments import (
     AxisName,
     BatchAxis,

@@ -175,7 +175,7 @@ def _check_output(
 @compiled
 def _fill(x, lengths, *, call, layout):
     valid, _ = masks(call, lengths, x.shape[layout.axis], layout)
-    return fill_padding(x, valid, False, layout)
+    return fill_padding(x, valid, layout)
 
 
 def _to_front(call: Call, x: Any, mask: Any, layout: Layout) -> Any:

@@ -21,8 +21,8 @@ from jax_revseg._arguments import Call
 from jax_revseg._carry import alike, check_step
 from jax_revseg._layout import Layout
 from jax_revseg._steps import (
-    fill_padding,
     first_steps,
+    first_valid,
     lend,
     masks,
     resets,
@@ -37,6 +37,7 @@ class _Loop(NamedTuple):
     carry: Any  # Before the first step.
     init: Any  # At the start of a segment.
     padding: Any  # At padding; None where `init` is right there, too.
+    first: Any  # The first valid step of each row.
     xs: Any
     valid: jax.Array | None  # None if all steps are.
     starts: jax.Array | None  # Of a segment, or padding; None for one segment a row.
@@ -56,7 +57,7 @@ def _prepare(
     axis, batch_axes = layout.axis, layout.batch_axes
     batch, size = _sizes(xs, layout)
     rows, over_time = range(len(batch)), len(batch)
-    valid, starts = masks(call, segments, size, layout)
+    valid, starts = masks(call, segments, size, layout) if size != 0 else (None, None)
     if missing := -size % chunk:  # More padding, for chunks of one size.
         valid = jnp.ones((*batch, size), bool) if valid is None else valid
         valid = _grow(valid, over_time, missing)
@@ -71,15 +72,17 @@ def _prepare(
         starts = resets(call, valid, starts, reverse)
         if carry_in is not None:  # The first segment goes on from there.
             starts &= ~first_steps(call, valid, starts, reverse)
+    first = None
     if valid is not None:
         some = valid.any(-1)
         padding = jax.tree.map(lambda c: lend(c, some, rows), carry)
         if starts is not None and carry_in is None:  # Padding counts as a start.
             init, padding = padding, None
-        xs = jax.tree.map(lambda x: fill_padding(x, valid, reverse, layout), xs)
+        take = partial(first_valid, valid=valid, reverse=reverse, layout=layout)
+        first = jax.tree.map(lambda x: jnp.squeeze(take(x), axis), xs)
     xs = jax.tree.map(lambda x: jnp.moveaxis(x, axis, 0), xs)
     valid, starts = jax.tree.map(lambda m: jnp.moveaxis(m, -1, 0), (valid, starts))
-    return _Loop(carry, init, padding, xs, valid, starts)
+    return _Loop(carry, init, padding, first, xs, valid, starts)
 
 
 def _grow(x: jax.Array, axis: int, missing: int) -> jax.Array:
@@ -87,8 +90,9 @@ def _grow(x: jax.Array, axis: int, missing: int) -> jax.Array:
     return lax.concatenate([x, lax.full_like(x, 0, shape=shape)], axis)
 
 
-# Without the checkpoint the loop would save masks as large as the carry for a gradient.
+# Without the checkpoints the loop would save each mask as large as what it selects.
 _select = jax.checkpoint(select, prevent_cse=False)
+_zero_padding = jax.checkpoint(zero_padding, prevent_cse=False)
 
 
 def _run_loop(step: Any, loop: _Loop, *, reverse=False, unroll=1, chunk=None) -> Any:
@@ -99,8 +103,10 @@ def _run_loop(step: Any, loop: _Loop, *, reverse=False, unroll=1, chunk=None) ->
             now = _select(starts, loop.init, now)
         if loop.padding is not None:
             now = _select(valid, now, loop.padding)
-        new, y = step(now, x)
-        return (new if valid is None else _select(valid, new, carry)), y
+        if valid is None:
+            return step(now, x)
+        new, y = step(now, _select(valid, x, loop.first))
+        return _select(valid, new, carry), _zero_padding(y, valid)
 
     scan = partial(lax.scan, body, reverse=reverse, unroll=unroll)
     inputs = loop.xs, loop.valid, loop.starts
@@ -129,8 +135,7 @@ def scan_rows(f, init, carry_in, xs, segments, *, call, layout, reverse, unroll,
     step = check_step(call, f, batch)
     carry, ys = _run_loop(step, loop, reverse=reverse, unroll=unroll, chunk=chunk)
     ys = jax.tree.map(lambda y: y[:size], ys) if chunk else ys
-    valid = loop.valid if loop.valid is None else loop.valid[:size]
-    return carry, _outputs(call, ys, valid, layout.axis)
+    return carry, _outputs(call, ys, layout.axis)
 
 
 def scan_both_ways(f, params, inits, xs, segments, *, call, layout, unroll):
@@ -140,11 +145,10 @@ def scan_both_ways(f, params, inits, xs, segments, *, call, layout, unroll):
         _prepare(init, None, xs, segments, call, layout, reverse)
         for init, reverse in zip(inits, (False, True), strict=True)
     ]
-    valid = ways[0].valid
     # From the end to the start, so that one loop can step through both directions.
-    over_time = {k: getattr(ways[1], k) for k in ("xs", "valid", "starts")}
+    over_time = dict(xs=ways[1].xs, valid=ways[1].valid, starts=ways[1].starts)
     ways[1] = ways[1]._replace(**jax.tree.map(_flip, over_time))
-    axes = _Loop(carry=0, init=0, padding=0, xs=1, valid=1, starts=1)
+    axes = _Loop(0, 0, 0, 0, xs=1, valid=1, starts=1)
     stacked = [
         jax.tree.map(lambda a, b, axis=axis: jnp.stack([a, b], axis), *fields)
         for *fields, axis in zip(*ways, axes, strict=True)
@@ -159,7 +163,7 @@ def scan_both_ways(f, params, inits, xs, segments, *, call, layout, unroll):
     carries, ys = mapped(params, _Loop(*stacked))
     outputs = [_one_way(ys, i, 1) for i in (0, 1)]
     outputs[1] = jax.tree.map(_flip, outputs[1])
-    outputs = [_outputs(call, ys, valid, layout.axis) for ys in outputs]
+    outputs = [_outputs(call, ys, layout.axis) for ys in outputs]
     return (_one_way(carries, 0), _one_way(carries, 1)), (outputs[0], outputs[1])
 
 
@@ -176,8 +180,8 @@ def _one_way(tree: Any, i: int, axis: int = 0) -> Any:
     return jax.tree.map(lambda x: lax.index_in_dim(x, i, axis, keepdims=False), tree)
 
 
-def _outputs(call: Call, ys: Any, valid: Any, axis: int) -> Any:
-    """Sets `ys` to zero at padding, and puts the segment axis where `xs` has it."""
+def _outputs(call: Call, ys: Any, axis: int) -> Any:
+    """Puts the segment axis of time-major `ys` where `xs` has it."""
 
     def leaf(path: Any, y: jax.Array) -> jax.Array:
         if axis >= y.ndim:
@@ -186,6 +190,6 @@ def _outputs(call: Call, ys: Any, valid: Any, axis: int) -> Any:
                 f"{y.shape[1:]}, too few axes to put it there; move the segment axis "
                 "of xs right after the batch axes."
             )
-        return jnp.moveaxis(zero_padding(y, valid), 0, axis)
+        return jnp.moveaxis(y, 0, axis)
 
     return tree_map_with_path(leaf, ys)

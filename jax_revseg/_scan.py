@@ -7,6 +7,7 @@ from functools import partial
 from typing import Any
 
 import jax
+
 from jax_revseg._arguments import AxisName, Call, Integers
 from jax_revseg._associative import combine_rows
 from jax_revseg._carry import (

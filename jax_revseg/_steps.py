@@ -169,17 +169,25 @@ def take_step(x: jax.Array, index: jax.Array, layout: Layout) -> jax.Array:
     return jnp.take_along_axis(x, index, layout.axis, mode="promise_in_bounds")
 
 
-def fill_padding(x: jax.Array, valid: Any, reverse: bool, layout: Layout) -> jax.Array:
-    """Replaces padding by the first valid step of the row, in the scan's direction."""
-    if valid is None or 0 in x.shape or _is_key(x):
-        return x  # Any key is as good as another.
+def first_valid(x: jax.Array, valid: jax.Array, reverse: bool, layout: Layout):
+    """The first valid step of each row, as a constant; the segment axis has size 1."""
     first = take_step(x, first_index(valid, reverse), layout)
-    # Without a valid step anywhere, roots, logarithms and quotients are smooth here.
-    default = 0.5 if jnp.issubdtype(x.dtype, jnp.inexact) else 1
+    if _is_key(x):
+        return first  # Any key is as good as another.
     some = valid.any(-1)
     first = lend(first, some, layout.batch_axes)
+    # Without a valid step anywhere, roots, logarithms and quotients are smooth here.
+    default = 0.5 if jnp.issubdtype(x.dtype, jnp.inexact) else 1
     first = jnp.where(some.any(), first, jnp.full_like(first, default))
-    return jnp.where(align(valid, x.ndim, layout), x, lax.stop_gradient(first))
+    return lax.stop_gradient(first)
+
+
+def fill_padding(x: jax.Array, valid: jax.Array, layout: Layout) -> jax.Array:
+    """Replaces padding by the first valid step of the row."""
+    if 0 in x.shape or _is_key(x):
+        return x
+    first = first_valid(x, valid, False, layout)
+    return jnp.where(align(valid, x.ndim, layout), x, first)
 
 
 def lend(rows: jax.Array, some: jax.Array, batch_axes: Sequence[int]) -> jax.Array:
@@ -215,9 +223,10 @@ def _is_key(x: jax.Array) -> bool:
     return jnp.issubdtype(x.dtype, jax.dtypes.extended)
 
 
-def zero_padding(x: jax.Array, valid: jax.Array | None) -> jax.Array:
-    """Sets the rows of `x` to zero where `valid` is false; keys have no zero."""
-    if valid is None or _is_key(x):
-        return x
-    zero = jnp.zeros((), x.dtype)
-    return select(valid, x, zero)
+def zero_padding(tree: Any, valid: jax.Array) -> Any:
+    """Sets the rows where `valid` is false to zero; keys have no zero."""
+
+    def leaf(x: jax.Array) -> jax.Array:
+        return x if _is_key(x) else select(valid, x, jnp.zeros((), x.dtype))
+
+    return jax.tree.map(leaf, tree)
