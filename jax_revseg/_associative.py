@@ -19,10 +19,18 @@ import jax.numpy as jnp
 from jax import lax
 
 from jax_revseg._arguments import Call
+from jax_revseg._boundaries import shift
 from jax_revseg._carry import alike, describe, same_types
 from jax_revseg._layout import Layout
 from jax_revseg._lowering import align
-from jax_revseg._steps import first_steps, masks, resets, select, take_step
+from jax_revseg._steps import (
+    first_steps,
+    masks,
+    resets,
+    select,
+    take_step,
+    zero_padding,
+)
 
 
 def combine_rows(fn, elems, carry_in, segments, *, call, layout, reverse):
@@ -36,18 +44,22 @@ def combine_rows(fn, elems, carry_in, segments, *, call, layout, reverse):
     )
     if starts is None:
         starts = first_steps(call, None, valid, False) | ~valid
-    if valid is not None:
-        mask = align(valid, rank, layout)
-        elems = select(mask, elems, jax.tree.map(jnp.zeros_like, elems))
     combine = partial(_combine, call, fn)
     if carry_in is not None:
         first = first_steps(call, valid, starts, reverse)
         elems = _enter(combine, elems, carry_in, first, layout)
-    starts = align(resets(call, valid, starts, reverse), rank, layout)
+    starts = resets(call, valid, starts, reverse)
+    if call.axis_name is None:
+        # The first step is a start. Say so by a pad, which XLA:CPU writes to memory: it
+        # would compute a comparison again for each of its many users.
+        starts = shift(shift(starts, 1 if reverse else -1), -1 if reverse else 1, True)
+    starts = align(starts, rank, layout)
     pairs = lax.associative_scan(combine, (starts, elems), reverse=reverse, axis=axis)
     if call.axis_name is not None:
         pairs = combine(_before(call, combine, pairs, reverse, axis), pairs)
-    return pairs[1]
+    if valid is None:
+        return pairs[1]
+    return zero_padding(pairs[1], align(valid, rank, layout))
 
 
 def _combine(call: Call, fn: Any, a: Any, b: Any) -> Any:

@@ -1,10 +1,11 @@
 """The primitive `reverse_segments` and its rules; the registrations stand last.
 
-    reverse_segments[layout=Layout(kind='padded', axis=1, batch_axes=(0,), ...)] x segments
+    reverse_segments[layout=Layout(kind='padded', axis=1, ...)] x segments
 
 `segments` has the shape `[x.shape[a] for a in layout.batch_axes]`, followed by nothing
-for padded lengths, `(K,)` for packed lengths and `(T,)` for ids and starts. The parameter is stable,
-for interpreters and exporters of jaxprs; bind through the public functions.
+for padded lengths, `(K,)` for packed lengths and `(T,)` for ids and starts. The
+parameter is stable, for interpreters and exporters of jaxprs; bind through the public
+functions.
 
 The map is a permutation and its own inverse, hence linear and its own transpose.
 """

@@ -45,11 +45,14 @@ def scan_segments(
 
     All rows advance together, one step of the segment axis at a time. The carry starts
     from `init` at every segment. Padding, even NaN, never affects outputs or gradients:
-    at padding, `f` gets `init` and the first valid step of the row, and its result is
-    discarded.
+    at padding, `f` gets the first valid step of the row and the carry that enters it,
+    and its result is discarded. A row without a valid step borrows both from another
+    row. One row alone, as under `jax.vmap`, has no other: `f` then gets steps of 0.5
+    (or 1) and must be differentiable there.
 
     Python and NumPy encodings are checked at the call. In JAX arrays lengths are
     clipped, as in `reverse_sequence`; under `jax.experimental.checkify` they raise.
+    Repeated eager calls with the same `f` and the same shapes compile once.
 
     Args:
         f: `f(carry, x) -> (carry, y)`: one step of all rows. `carry`, `x` and `y` are
@@ -59,30 +62,43 @@ def scan_segments(
             whose first axes are the batch axes.
         xs: Array or pytree of arrays of any dtype, `(*batch, T, ...)` by default.
         lengths: Integers of shape `batch`: one segment a row, from position 0. Exactly
-            one of `lengths`, `segment_ids`, `cu_seqlens` and `mask` is given.
-        segment_ids: Integers of shape `(*batch, T)`: every maximal run of equal ids is
-            a segment.
+            one of `lengths`, `segment_ids`, `cu_seqlens`, `starts` and `mask` is given.
+        segment_ids: Integers, one for each position: every maximal run of equal ids is
+            a segment. They lie like `xs`: `(*batch, T)` by default, `(T, *batch)` with
+            `axis=0`.
         cu_seqlens: Integers of shape `(*batch, K + 1)`: cumulative offsets from 0.
-        mask: Booleans of shape `(*batch, T)`: one segment a row, which may have holes.
-            A masked step holds the carry and gives a zero `y`, as in Keras.
+        starts: Booleans that lie like `segment_ids`, true at the first step of each
+            segment. The first step of a row is a start, marked or not.
+        mask: Booleans that lie like `segment_ids`: one segment a row, which may have
+            holes. A masked step holds the carry and gives a zero `y`, as in Keras with
+            `zero_output_for_mask=True`.
         padding_id: The id in `segment_ids` whose runs are padding. By default no id is.
+        carry_in: The carry that enters each row, like `init` in structure, shapes and
+            dtypes. The row's first segment, in the direction of the scan, goes on from
+            it; later segments start from `init`. The default is `init`.
         reverse: Scans each segment from its last step to its first. No data is
             reversed: `ys` stays in the order of `xs`.
         axis: The segment axis of each array in `xs`. The default is the axis right
             after the batch axes; 0 is time-major. The batch axes are the first others.
         unroll: Steps in one iteration of the loop, as for `jax.lax.scan`.
+        chunk: Steps in a chunk. The loop skips a chunk without a valid step, so its
+            time follows the longest row. The gradient saves the carries between chunks
+            alone and computes each chunk again. Values are the same bit for bit. Under
+            `jax.vmap` over the encoding nothing is skipped. The default is one plain
+            loop, which is faster where rows fill the axis.
 
     Returns:
         `(carry, ys)`. `carry` is the carry after the last valid step of each row, in
         the direction of the scan; with several segments, of the last segment that is
-        not empty. A row without a valid step returns its `init`. `ys` has the segment
-        axis where `xs` has it, and is zero at padding.
+        not empty. A row without a valid step returns its `carry_in`, or `init`. `ys`
+        has the segment axis where `xs` has it, and is zero at padding.
 
     Raises:
-        TypeError: A leaf is no array, `f` does not return a pair, or its carry differs
-            from `init` in structure, shape or dtype.
+        TypeError: `f` is no function, a leaf is no array, `f` does not return a pair,
+            or its carry differs from `init` in structure, shape or dtype.
         ValueError: Not exactly one encoding is given, shapes or host values do not fit,
-            as in `reverse_segments`, or the segment axis is sharded.
+            as in `reverse_segments`, `unroll` or `chunk` is out of range, or the
+            segment axis is sharded.
 
     Example:
         >>> import jax.numpy as jnp
@@ -97,6 +113,16 @@ def scan_segments(
         >>> scan_segments(add, jnp.zeros(2, int), xs, segment_ids=episodes)[1]
         Array([[ 1,  3,  3, 12],
                [ 4,  5, 14, 23]], dtype=int32)
+
+        The rows go on from the block before, until an episode starts:
+
+        >>> before = jnp.array([100, 200])
+        >>> firsts = jnp.array([[0, 0, 1, 0], [1, 0, 0, 0]], bool)
+        >>> scan_segments(
+        ...     add, jnp.zeros(2, int), xs, starts=firsts, carry_in=before
+        ... )[1]
+        Array([[101, 103,   3,  12],
+               [204, 209, 218, 227]], dtype=int32)
 
     Source: `jax.lax.scan`; masks as in `tf.keras.layers.RNN`.
     """
@@ -156,9 +182,10 @@ def bidirectional_scan(
         init: The pair (forward, backward) of carries, each as for `scan_segments`.
         xs: Array or pytree of arrays of any dtype, `(*batch, T, ...)` by default.
         lengths: As for `scan_segments`, like the arguments after it.
-        segment_ids: Integers of shape `(*batch, T)`.
+        segment_ids: Integers that lie like `xs`.
         cu_seqlens: Integers of shape `(*batch, K + 1)`.
-        mask: Booleans of shape `(*batch, T)`.
+        starts: Booleans that lie like `xs`.
+        mask: Booleans that lie like `xs`.
         padding_id: The id in `segment_ids` whose runs are padding.
         axis: The segment axis of each array in `xs`.
         unroll: Steps in one iteration of the loop.
@@ -227,31 +254,41 @@ def associative_scan_segments(
     """Combines the steps of each segment in parallel: `jax.lax.associative_scan`.
 
     Step `t` of the result combines the steps of its segment from the start to `t`, in
-    O(log T) parallel rounds. At padding the result is finite where `elems` are, but
-    otherwise unspecified: mask it. Padding, even NaN, never affects other outputs or
-    gradients.
+    O(log T) parallel rounds. The result is zero at padding. Padding, even NaN, never
+    affects other outputs or gradients. On a CPU `scan_segments` is faster where many
+    features move.
 
     Args:
         fn: Associative function `fn(a, b)` of two pytrees like `elems`, where `a` comes
-            first in the direction of the scan. It must work elementwise along the batch
-            axes and the segment axis, as for `jax.lax.associative_scan`.
+            first in the direction of the scan: with `reverse=True`, `a` holds the later
+            steps. It must work elementwise along the batch axes and the segment axis,
+            as for `jax.lax.associative_scan`.
         elems: Array or pytree of arrays, `(*batch, T, ...)` by default.
         lengths: Integers of shape `batch`: one segment a row, from position 0. Exactly
-            one of `lengths`, `segment_ids` and `cu_seqlens` is given.
-        segment_ids: Integers of shape `(*batch, T)`: every maximal run of equal ids is
-            a segment.
+            one of `lengths`, `segment_ids`, `cu_seqlens` and `starts` is given.
+        segment_ids: Integers, one for each position: every maximal run of equal ids is
+            a segment. They lie like `elems`: `(*batch, T)` by default, `(T, *batch)`
+            with `axis=0`.
         cu_seqlens: Integers of shape `(*batch, K + 1)`: cumulative offsets from 0.
+        starts: Booleans that lie like `segment_ids`, true at the first step of each
+            segment. The first step of a row is a start, marked or not.
         padding_id: The id in `segment_ids` whose runs are padding. By default no id is.
+        carry_in: Pytree like one step of `elems`, `(*batch, ...)`. It stands in front
+            of the first segment of each row, in the direction of the scan.
         reverse: Combines from the end of each segment to `t`.
         axis: The segment axis of each array. The default is the axis right after the
             batch axes.
+        axis_name: Inside `jax.shard_map`, the mesh axis, or a tuple of mesh axes, over
+            which the segment axis is sharded. `elems`, `segment_ids` and `starts` are
+            then local blocks; `lengths` and `cu_seqlens` describe the global axis. A
+            device receives one element for each row and device.
 
     Returns:
         Pytree of the structure, shapes and dtypes of `elems`.
 
     Raises:
-        TypeError: A leaf of `elems` is no array, or the result of `fn` differs from
-            `elems` in structure, shape or dtype.
+        TypeError: `fn` is no function, a leaf of `elems` is no array, or the result of
+            `fn` differs from `elems` in structure, shape or dtype.
         ValueError: Not exactly one encoding is given, shapes or host values do not fit,
             as in `reverse_segments`, or the segment axis is sharded.
 

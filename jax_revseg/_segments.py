@@ -92,8 +92,9 @@ def _parse(
         found[layout, shape[layout.axis]] = f"{x_name} has shape {shape}"
     if len(found) > 1:
         call.fail(
-            f"the arrays disagree about the segment axis: {' and '.join(found.values())}"
-            "; give them the same axes, and count axis from the start."
+            "the arrays disagree about the segment axis: "
+            f"{' and '.join(found.values())}; give them the same axes, and count axis "
+            "from the start."
         )
     call, shape = call._replace(x_name=arrays[0][0]), arrays[0][1]
     layout = layout._replace(padding_id=padding_id)
