@@ -120,12 +120,22 @@ def bidirectional(
     for name, function in (layers | {"merge": merge}).items():
         remedy = ", such as jax.numpy.add" if name == "merge" else " of x"
         check_callable(call, name, function, remedy)
-    encodings = dict(lengths=lengths, segment_ids=segment_ids, cu_seqlens=cu_seqlens)
-    encodings.update(starts=starts, mask=mask, padding_id=padding_id)
-    x, segments, layout = parse_arrays(call, "x", x, axis, batch_axis, **encodings)
+    x, segments, layout = parse_arrays(
+        call,
+        "x",
+        x,
+        axis,
+        batch_axis,
+        padding_id=padding_id,
+        lengths=lengths,
+        segment_ids=segment_ids,
+        cu_seqlens=cu_seqlens,
+        starts=starts,
+        mask=mask,
+    )
     # Both layers get the sharding that the reversal gives to its result.
     rows = range(len(layout.batch_axes))
-    x, segments = alike(call, (x, layout.batch_axes), (segments, rows))
+    x, _ = alike(call, (x, layout.batch_axes), (segments, rows))
     shape = jax.tree.leaves(x)[0].shape
     back = None
     if mask is not None:
@@ -174,8 +184,9 @@ def _check_output(
 
 @compiled
 def _fill(x, lengths, *, call, layout):
-    valid, _ = masks(call, lengths, x.shape[layout.axis], layout)
-    return fill_padding(x, valid, layout)
+    return fill_padding(
+        x, masks(call, lengths, x.shape[layout.axis], layout)[0], layout
+    )
 
 
 def _to_front(call: Call, x: Any, mask: Any, layout: Layout) -> Any:

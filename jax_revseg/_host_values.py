@@ -19,7 +19,6 @@ class HostValues(NamedTuple):
     name: str
     values: np.ndarray
     layout: Layout
-    devices: int  # How many blocks the segment axis is cut into.
 
     def checked(self) -> tuple[np.ndarray, Layout]:
         """Returns segments in the dtype of positions; raises for a bad value."""
@@ -34,11 +33,11 @@ class HostValues(NamedTuple):
     @property
     def _size(self) -> Any:
         """The global size of the segment axis."""
-        return self.x_shape[self.layout.axis] * self.devices
+        return self.x_shape[self.layout.axis] * self.call.devices
 
     @property
     def _limit(self) -> str:
-        over = f" over {self.devices} devices" if self.devices > 1 else ""
+        over = f" over {self.call.devices} devices" if self.call.devices > 1 else ""
         at = f"axis {self.layout.axis} of {self.call.x_name}{over}"
         return f"{self._size}, the size of {at}"
 
@@ -84,10 +83,10 @@ class HostValues(NamedTuple):
         return np.diff(values)
 
     def _refuse_equal_blocks(self) -> None:
-        if self.devices > 1:
+        if self.call.devices > 1:
             self.call.fail(
-                f"{self.name} is on the host, the same on all {self.devices} devices "
-                "of axis_name, which hold different blocks of it; pass it into "
+                f"{self.name} is on the host, the same on all {self.call.devices} "
+                "devices of axis_name, which hold different blocks of it; pass it into "
                 "shard_map with in_specs like those of x."
             )
 

@@ -39,8 +39,8 @@ class _Loop(NamedTuple):
     padding: Any  # At padding; None where `init` is right there, too.
     first: Any  # The first valid step of each row.
     xs: Any
-    valid: jax.Array | None  # None if all steps are.
-    starts: jax.Array | None  # Of a segment, or padding; None for one segment a row.
+    valid: Any  # None if all steps are.
+    starts: Any  # Of a segment, or padding; None for one segment a row.
 
 
 def _prepare(
@@ -148,7 +148,7 @@ def scan_both_ways(f, params, inits, xs, segments, *, call, layout, unroll):
     # From the end to the start, so that one loop can step through both directions.
     over_time = dict(xs=ways[1].xs, valid=ways[1].valid, starts=ways[1].starts)
     ways[1] = ways[1]._replace(**jax.tree.map(_flip, over_time))
-    axes = _Loop(0, 0, 0, 0, xs=1, valid=1, starts=1)
+    axes: Any = _Loop(*[0] * 4, *[1] * 3)
     stacked = [
         jax.tree.map(lambda a, b, axis=axis: jnp.stack([a, b], axis), *fields)
         for *fields, axis in zip(*ways, axes, strict=True)

@@ -27,19 +27,83 @@ _KINDS: dict[str, Kind] = {
 }
 
 
-def parse_segments(
+class _Encoding(NamedTuple):
+    """The one encoding of a call, and the axes that the user gave."""
+
+    name: str
+    kind: Kind
+    values: Any
+    axis: int | None
+    batch_axis: tuple[int, ...] | None
+    padding_id: int | None
+
+    def layout(self, call: Call, x_shape: tuple[int, ...]) -> Layout:
+        """Returns the layout of an array of this shape."""
+        shape, axes = self.values.shape, (self.axis, self.batch_axis)
+        layout = _layout(call, x_shape, self.name, self.kind, shape, *axes)
+        return layout._replace(padding_id=self.padding_id)
+
+    def segments(self, call: Call, x_shape: Any, layout: Layout) -> tuple[Any, Layout]:
+        """Returns checked segments, whose last axis goes over steps or segments."""
+        values: Any = self.values
+        if layout.per_step:  # They lie like x.
+            at = sorted((*layout.batch_axes, layout.axis)).index(layout.axis)
+            numpy: Any = jnp if isinstance(values, jax.Array) else np
+            values = values if at == values.ndim - 1 else numpy.moveaxis(values, at, -1)
+        if not isinstance(values, jax.Array):
+            return HostValues(call, x_shape, self.name, values, layout).checked()
+        if self.name == "cu_seqlens":
+            return _differences(values), layout
+        if self.padding_id is not None:
+            info = jnp.iinfo(values.dtype)
+            if not info.min <= self.padding_id <= info.max:
+                call.fail(
+                    f"padding_id is {self.padding_id}, but segment_ids has dtype "
+                    f"{values.dtype}, which holds {info.min} to {info.max}; use "
+                    "another padding_id or another dtype."
+                )
+        return values, layout
+
+
+def _parse(
     call: Call,
-    x: jax.Array,
     axis: int | None,
-    batch_axis: BatchAxis = None,
-    *,
-    lengths_kind: Kind = "padded",
+    batch_axis: BatchAxis,
     padding_id: int | None = None,
+    lengths_kind: Kind = "padded",
     **encodings: Any,
+) -> _Encoding:
+    given = {name: value for name, value in encodings.items() if value is not None}
+    given = encodings if len(encodings) == 1 else given
+    if len(given) != 1:
+        got = f"both {' and '.join(given)}" if given else "none"
+        call.fail(f"got {got}; give exactly one of {', '.join(encodings)}.")
+    ((name, value),) = given.items()
+    if padding_id is not None:
+        if name != "segment_ids":
+            call.fail(
+                f"padding_id is {padding_id!r}, but the segments are given by {name}; "
+                "padding_id goes with segment_ids only: leave it out."
+            )
+        padding_id = call.integer("padding_id", padding_id)
+    kind = lengths_kind if name == "lengths" else _KINDS[name]
+    values = (call.booleans if kind in ("mask", "starts") else call.integers)(
+        name, value
+    )
+    axis = axis if axis is None else call.integer("axis", axis)
+    if batch_axis is not None:
+        axes = batch_axis if isinstance(batch_axis, (tuple, list)) else (batch_axis,)
+        batch_axis = tuple(call.integer("batch_axis", a) for a in axes)
+    _ = call.devices  # Raises for a bad axis_name.
+    return _Encoding(name, kind, values, axis, batch_axis, padding_id)
+
+
+def parse_segments(
+    call: Call, x: jax.Array, axis: int | None, batch_axis: Any = None, **encodings: Any
 ) -> tuple[Any, Layout]:
     """Returns the segments, from the one encoding that is given, and their layout."""
-    arrays = [(call.x_name, x.shape)]
-    return _parse(call, arrays, axis, batch_axis, lengths_kind, padding_id, **encodings)
+    encoding = _parse(call, axis, batch_axis, **encodings)
+    return encoding.segments(call, x.shape, encoding.layout(call, x.shape))
 
 
 def parse_arrays(
@@ -47,93 +111,28 @@ def parse_arrays(
     name: str,
     tree: Any,
     axis: int | None,
-    batch_axis: BatchAxis = None,
-    *,
-    padding_id: int | None = None,
-    **encodings: Any,
+    batch_axis: Any = None,
+    **more: Any,
 ) -> tuple[Any, Any, Layout]:
     """Returns the arrays of a pytree, which share their segments and their axes."""
     leaves, treedef = tree_flatten_with_path(tree)
     if not leaves:
         call.fail(f"{name} is {tree!r}, a pytree without an array; give at least 1.")
-    calls = [call._replace(x_name=f"{name}{keystr(path)}") for path, _ in leaves]
-    arrays = [c.array(leaf) for c, (_, leaf) in zip(calls, leaves, strict=True)]
-    named = [(c.x_name, a.shape) for c, a in zip(calls, arrays, strict=True)]
-    segments, layout = _parse(
-        call, named, axis, batch_axis, "padded", padding_id, **encodings
-    )
-    return treedef.unflatten(arrays), segments, layout
-
-
-def _parse(
-    call: Call,
-    arrays: list[tuple[str, tuple[int, ...]]],
-    axis: int | None,
-    batch_axis: BatchAxis,
-    lengths_kind: Kind,
-    padding_id: int | None,
-    **encodings: Any,
-) -> tuple[Any, Layout]:
-    name, kind, encoding = _the_one(call, encodings, padding_id, lengths_kind)
-    if padding_id is not None:
-        padding_id = call.integer("padding_id", padding_id)
-    devices = call.devices  # Raises for a bad axis_name.
-    parse = call.booleans if kind in ("mask", "starts") else call.integers
-    values = parse(name, encoding)
-    if axis is not None:
-        axis = call.integer("axis", axis)
-    if batch_axis is not None:
-        axes = batch_axis if isinstance(batch_axis, (tuple, list)) else (batch_axis,)
-        batch_axis = tuple(call.integer("batch_axis", a) for a in axes)
-    found = {}
-    for x_name, shape in arrays:
-        of_x = call._replace(x_name=x_name)
-        layout = _layout(of_x, shape, name, kind, values.shape, axis, batch_axis)
-        found[layout, shape[layout.axis]] = f"{x_name} has shape {shape}"
+    encoding = _parse(call, axis, batch_axis, **more)
+    arrays, found = [], {}
+    for path, leaf in leaves:
+        of_leaf = call._replace(x_name=f"{name}{keystr(path)}")
+        arrays.append(x := of_leaf.array(leaf))
+        layout = encoding.layout(of_leaf, x.shape)
+        found.setdefault((layout, x.shape[layout.axis]), (of_leaf, x.shape))
     if len(found) > 1:
+        shapes = [f"{c.x_name} has shape {shape}" for c, shape in found.values()]
         call.fail(
-            "the arrays disagree about the segment axis: "
-            f"{' and '.join(found.values())}; give them the same axes, and count axis "
-            "from the start."
+            f"the arrays disagree about the segment axis: {' and '.join(shapes)}; give "
+            "them the same axes, and count axis from the start."
         )
-    call, shape = call._replace(x_name=arrays[0][0]), arrays[0][1]
-    layout = layout._replace(padding_id=padding_id)
-    if layout.per_step:  # From the order of x to (*batch, T).
-        numpy = jnp if isinstance(values, jax.Array) else np
-        at = sorted((*layout.batch_axes, layout.axis)).index(layout.axis)
-        values = numpy.moveaxis(values, at, -1) if at < values.ndim - 1 else values
-    if not isinstance(values, jax.Array):
-        return HostValues(call, shape, name, values, layout, devices).checked()
-    if name == "cu_seqlens":
-        return _differences(values), layout
-    if padding_id is not None:
-        info = jnp.iinfo(values.dtype)
-        if not info.min <= padding_id <= info.max:
-            call.fail(
-                f"padding_id is {padding_id}, but segment_ids has dtype "
-                f"{values.dtype}, which holds {info.min} to {info.max}; use another "
-                "padding_id or another dtype."
-            )
-    return values, layout
-
-
-def _the_one(
-    call: Call, encodings: dict[str, Any], padding_id: Any, lengths_kind: Kind
-) -> tuple[str, Kind, Any]:
-    given = encodings
-    if len(encodings) > 1:
-        given = {name: value for name, value in encodings.items() if value is not None}
-    if len(given) != 1:
-        names = ", ".join(encodings)
-        got = f"both {' and '.join(given)}" if given else "none"
-        call.fail(f"got {got}; give exactly one of {names}.")
-    ((name, encoding),) = given.items()
-    if padding_id is not None and name != "segment_ids":
-        call.fail(
-            f"padding_id is {padding_id!r}, but the segments are given by {name}; "
-            "padding_id goes with segment_ids only: leave it out."
-        )
-    return name, lengths_kind if name == "lengths" else _KINDS[name], encoding
+    [((layout, _), (call, shape))] = found.items()
+    return treedef.unflatten(arrays), *encoding.segments(call, shape, layout)
 
 
 @lru_cache(maxsize=4096)  # Otherwise a fifth of the time of an eager call.

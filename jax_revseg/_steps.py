@@ -182,7 +182,7 @@ def first_valid(x: jax.Array, valid: jax.Array, reverse: bool, layout: Layout):
     return lax.stop_gradient(first)
 
 
-def fill_padding(x: jax.Array, valid: jax.Array, layout: Layout) -> jax.Array:
+def fill_padding(x: jax.Array, valid: Any, layout: Layout) -> jax.Array:
     """Replaces padding by the first valid step of the row."""
     if 0 in x.shape or _is_key(x):
         return x
