@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax import lax
 from jax.experimental.jet import jet
 from jax.test_util import check_grads
 
@@ -52,6 +53,76 @@ def test_values():
         assert_same_bits(out, case.expected(x, s), case.name)
         for derivative in derivatives:
             assert_same_bits(derivative, case.expected(other, s), case.name)
+
+
+def custom_vjp(f):
+    g = jax.custom_vjp(f)
+    g.defvjp(lambda x, s: (f(x, s), s), lambda s, ct: (f(ct, s), None))
+    return g
+
+
+def custom_jvp(f):
+    g = jax.custom_jvp(f)
+    g.defjvp(lambda primals, tangents: (f(*primals), f(tangents[0], primals[1])))
+    return g
+
+
+def switch(f):
+    branches = [lambda x, s: x, f, lambda x, s: -x]
+    return lambda x, s: lax.switch(jnp.clip(s.sum(), 1, 1), branches, x, s)
+
+
+# What the random stacks of test_fuzz.py have not. Three times is once.
+WRAPPERS = {
+    "fori": lambda f: lambda x, s: lax.fori_loop(0, 3, lambda _, x: f(x, s), x),
+    "switch": switch,
+    "custom_vjp": custom_vjp,
+    "custom_jvp": custom_jvp,
+    "policy": lambda f: jax.checkpoint(
+        f, policy=jax.checkpoint_policies.dots_with_no_batch_dims_saveable
+    ),
+}
+
+
+def test_inside_loops_branches_and_custom_rules():
+    """Fails on a rule that is missing, or that reverses by other segments."""
+    pairs = [(wrap, case) for wrap in WRAPPERS.values() for case in SMALL]
+    x = SMALL[0].x()
+
+    @jax.jit
+    def run(x, segments):
+        outs = []
+        for (wrap, case), s in zip(pairs, segments, strict=True):
+            y, pullback = jax.vjp(lambda x: wrap(case.call)(x, s), x)  # noqa: B023
+            outs.append((y, *pullback(y)))
+        return outs
+
+    segments = [case.segments() for _, case in pairs]
+    for (_, case), s, (y, back) in zip(pairs, segments, run(x, segments), strict=True):
+        assert_same_bits(y, case.expected(x, s), case.name)
+        assert_same_bits(back, x, case.name)
+
+
+def test_while_loop():
+    """Fails on a wrong tangent, or on lengths kept from an earlier turn of the loop.
+
+    A loop of unknown length has no reverse mode.
+    """
+    case, lengths = Case("loop", (2, 6)), np.array([2, 3])
+    x, dx = np.random.default_rng(0).standard_normal((2, 2, 6)).astype(np.float32)
+
+    @jax.jit
+    def run(x, lengths):
+        def body(carry):
+            x, lengths = carry
+            return reverse_sequence(x, lengths), lengths + 1
+
+        return lax.while_loop(lambda carry: carry[1][0] < 4, body, (x, lengths))[0]
+
+    outs = jax.jvp(lambda x: run(x, lengths), (x,), (dx,))
+    for out, given in zip(outs, (x, dx), strict=True):
+        once = case.expected(given, lengths)
+        assert_same_bits(out, case.expected(once, lengths + 1))
 
 
 def test_padding_value():
