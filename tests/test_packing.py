@@ -3,12 +3,17 @@
 from functools import partial
 
 import jax
-import jax.export
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jax_revseg import _reference, pack_segments, unpack_segments
+from jax_revseg import (
+    _reference,
+    pack_segments,
+    reverse_segments,
+    reverse_sequence,
+    unpack_segments,
+)
 from tests.cases import assert_same_bits, enable_x64, random_bits
 
 LENGTHS = {
@@ -18,34 +23,53 @@ LENGTHS = {
     "one": [0, 11, 0, 0],
     "over": [5, -2, 9, 2**31 - 1],  # Only on a device.
 }
-SIZES = (0, 3, 12)  # Less than a segment, and more than all of them.
 
 
-@pytest.mark.parametrize("kind", LENGTHS)
-def test_values(kind):
-    """Fails if a step goes to another row, a cut is elsewhere, or padding is not
-    filled."""
-    rng = np.random.default_rng(0)
-    lengths = np.array(LENGTHS[kind], np.int32)
-    x = random_bits(rng, (11, 2), "float32")
-    rows = random_bits(rng, (4, 5, 2), "float32")
+def bits(*shape):
+    """Random bits with many -0.0, subnormals and NaN payloads."""
+    rng = np.random.default_rng(sum(shape))
+    x = rng.integers(0, 2**32, shape, np.uint32)
+    x.flat[::3], x.flat[1::5], x.flat[2::7] = 2**31, 1, 0x7FA00001
+    return x.view(np.float32)
 
-    @jax.jit  # One program, since compiling is what takes the time.
-    def run(x, rows, lengths):
-        return [
-            (
-                pack_segments(x, lengths, max_length=size, padding_value=7),
-                unpack_segments(rows, lengths, total_length=size),
-            )
-            for size in SIZES
-        ]
 
-    for size, (packed, unpacked) in zip(SIZES, run(x, rows, lengths), strict=True):
-        expected = _reference.pack(x, lengths, max_length=size, padding_value=7)
-        assert_same_bits(packed, expected)
-        cut = np.minimum(lengths, rows.shape[1])
-        expected = _reference.unpack(rows, cut, total_length=size)
-        assert_same_bits(unpacked, expected)
+def rows_to_flat(ct, lengths, size):
+    """The transpose of packing, in loops: truncated steps get nothing."""
+    out, start = np.zeros((size, *ct.shape[2:]), ct.dtype), 0
+    for row, length in zip(ct, lengths, strict=True):
+        length = max(0, min(length, size - start))
+        kept = min(length, ct.shape[1])
+        out[start : start + kept] = row[:kept]
+        start += length
+    return out
+
+
+def test_values():
+    """Fails if a step goes to another row, a cut is elsewhere, padding is not filled,
+    or a gradient adds, which changes -0.0, or drops other steps."""
+
+    @partial(jax.jit, static_argnames="size")
+    def run(x, ct_x, rows, ct_rows, n, size):
+        pack = partial(pack_segments, max_length=size, padding_value=7)
+        packed, pack_vjp = jax.vjp(lambda x: pack(x, n), x)
+        unpack = partial(unpack_segments, total_length=size)
+        unpacked, unpack_vjp = jax.vjp(lambda x: unpack(x, n), rows)
+        return packed, *pack_vjp(ct_x), unpacked, *unpack_vjp(ct_rows)
+
+    x, rows = bits(11, 2), bits(4, 5, 2)
+    for size in (0, 3, 12):  # Less than a segment, and more than all of them.
+        ct_x, ct_rows = bits(4, size, 2), bits(size, 2)
+        for name, lengths in LENGTHS.items():
+            n = np.array(lengths, np.int32)
+            packed, to_x, unpacked, to_rows = run(x, ct_x, rows, ct_rows, n, size)
+            want = _reference.pack(x, n, max_length=size, padding_value=7)
+            assert_same_bits(packed, want, name)
+            assert_same_bits(to_x, rows_to_flat(ct_x, lengths, 11), name)
+            cut = np.minimum(n, 5)
+            want = _reference.unpack(rows, cut, total_length=size)
+            assert_same_bits(unpacked, want, name)
+            want = _reference.pack(ct_rows, cut, max_length=5)
+            assert_same_bits(to_rows, want, name)
 
 
 def test_starts_in_several_words():
@@ -78,7 +102,11 @@ def test_host_lengths(kind):
     assert_same_bits(packed, pack_segments(x, jnp.array(lengths), max_length=4))
     back = unpack_segments(packed, lengths, total_length=11)
     assert_same_bits(back, np.where(x < sum(lengths), x, 0).astype(back.dtype))
-    assert_same_bits(back, unpack_segments(packed, jnp.array(lengths), total_length=11))
+    # Reversing rows and laying them end to end is reversing segments in place.
+    there = unpack_segments(
+        reverse_sequence(packed, lengths), jnp.array(lengths), total_length=11
+    )
+    assert_same_bits(there, np.asarray(reverse_segments(back, lengths)))
 
 
 @pytest.mark.parametrize("dtype", ("bool", "int4", "float8_e4m3fn", "complex64"))
@@ -147,64 +175,6 @@ def test_sizes_left_out_for_host_lengths():
     ):
         with pytest.raises(ValueError, match=f"{size} is left out.*give {size}"):
             function(x.reshape(2, 3), jnp.array([1, 1]))
-
-
-def test_linear_under_jvp_linearize_transpose_and_export():
-    """Fails if one of JAX's ways to a derivative ends in another map."""
-    n = jnp.array([2, 4, 0, 1])
-    for f, shape in (
-        (lambda x: pack_segments(x, n, max_length=3), (11, 2)),
-        (lambda x: unpack_segments(x, n, total_length=6), (4, 5, 2)),
-    ):
-        x = np.arange(np.prod(shape), dtype=np.float32).reshape(shape)
-        desired, vjp = jax.vjp(f, x)
-        back = vjp(desired)[0]
-        for tangent in (jax.jvp(f, (x,), (x,))[1], jax.linearize(f, x)[1](x)):
-            assert_same_bits(tangent, np.asarray(desired))
-        assert_same_bits(jax.linear_transpose(f, x)(desired)[0], np.asarray(back))
-        exported = jax.export.export(jax.jit(f))(jax.ShapeDtypeStruct(shape, x.dtype))
-        exported = jax.export.deserialize(exported.serialize(vjp_order=1))
-        assert_same_bits(exported.vjp().call(x, desired)[0], np.asarray(back))
-
-
-def bits(*shape):
-    """Random bits with many -0.0, subnormals and NaN payloads."""
-    rng = np.random.default_rng(sum(shape))
-    x = rng.integers(0, 2**32, shape, np.uint32)
-    x.flat[::3], x.flat[1::5], x.flat[2::7] = 2**31, 1, 0x7FA00001
-    return x.view(np.float32)
-
-
-def rows_to_flat(ct, lengths, size):
-    """The transpose of packing, in loops: truncated steps get nothing."""
-    out, start = np.zeros((size, *ct.shape[2:]), ct.dtype), 0
-    for row, length in zip(ct, lengths, strict=True):
-        length = max(0, min(length, size - start))
-        kept = min(length, ct.shape[1])
-        out[start : start + kept] = row[:kept]
-        start += length
-    return out
-
-
-def test_gradients_are_exact():
-    """Fails if a gradient adds, which changes -0.0, or drops other steps."""
-
-    @partial(jax.jit, static_argnames="size")
-    def vjps(x, ct_x, rows, ct_rows, n, size):
-        pack = jax.vjp(lambda x: pack_segments(x, n, max_length=size), x)[1]
-        unpack = jax.vjp(lambda x: unpack_segments(x, n, total_length=size), rows)[1]
-        return pack(ct_x)[0], unpack(ct_rows)[0]
-
-    for size in (0, 3, 12):
-        x, rows = bits(11, 2), bits(4, 5, 2)
-        ct_x, ct_rows = bits(4, size, 2), bits(size, 2)
-        for name, lengths in LENGTHS.items():
-            n = jnp.array(lengths, jnp.int32)
-            packed, unpacked = vjps(x, ct_x, rows, ct_rows, n, size)
-            assert_same_bits(packed, rows_to_flat(ct_x, lengths, 11), name)
-            cut = np.minimum(lengths, 5)
-            expected = _reference.pack(ct_rows, cut, max_length=5)
-            assert_same_bits(unpacked, expected, name)
 
 
 def test_gradient_of_the_padding_value():
