@@ -91,7 +91,7 @@ fuzz: .venvs/test/.stamp ## random stacks of transformations, for long
 	$(call pytest,test,tests/test_fuzz.py)
 
 fuzz-peers: export HYPOTHESIS_PROFILE := fuzz
-fuzz-peers: .venvs/peers/.stamp ## random layers of PyTorch and Keras, for long
+fuzz-peers: .venvs/peers/.stamp ## random layers of PyTorch, for long
 	$(call pytest,peers,tests/test_peers_rnn.py)
 
 # ---- everything else
