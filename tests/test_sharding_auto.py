@@ -3,7 +3,6 @@
 import contextlib
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec as P
@@ -18,8 +17,6 @@ SEGMENTS = [case.segments() for case in CASES]
 SEGMENTS[2] = np.pad(SEGMENTS[2], ((0, 0), (0, 2)))  # Two more ids for T = 8.
 both = ("a", "b")
 SPECS = {  # Of x, and of the rows of segments.
-    "rows": (P("a"), "a"),
-    "features": (P(None, None, "a"), None),
     "rows-and-features": (P("a", None, "b"), "a"),
     "rows-over-both": (P(both), both),
     "features-over-both": (P(None, None, both), None),
@@ -136,15 +133,3 @@ def test_order_of_segments_without_collectives():
     """Fails if lengths are summed across devices."""
     xs, segments = operands(P("a", None, "b"), "a")
     assert collectives(reverse_segment_order, xs[1], segments[1]) == []
-
-
-def test_scan_over_sharded_rows():
-    """Fails on a loop that gathers its carry."""
-    xs, segments = operands(P("a"), "a")
-
-    def twice(x, s):
-        return jax.lax.scan(lambda x, _: (CASES[0].call(x, s), 0), x, length=2)[0]
-
-    assert collectives(twice, xs[0], segments[0]) == []
-    np.testing.assert_array_equal(jax.jit(twice)(xs[0], segments[0]), xs[0])
-    assert jnp.any(CASES[0].call(xs[0], segments[0]) != xs[0])

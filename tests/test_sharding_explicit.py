@@ -41,7 +41,9 @@ SPECS = {
     "segments-and-features": ((None, None, "b"), "a", ("a", None, "b")),
     "x-only": (("a", None, "b"), None, ("a", None, "b")),
 }
-each_spec = pytest.mark.parametrize("name", SPECS)
+# The ways other than jit, for few of them.
+WAYS = [(name, "jit") for name in SPECS]
+WAYS += [(n, way) for n in ("both", "x-only") for way in ("eager", "jit-without-mesh")]
 
 
 def spec_of(x):
@@ -76,8 +78,7 @@ def values_and_gradients(f, xs, segments, cts, jit=True):
     return zip(CASES, SEGMENTS, map(np.asarray, cts), ys, x_bars, strict=True)
 
 
-@each_spec
-@pytest.mark.parametrize("how", ("jit", "eager", "jit-without-mesh"))
+@pytest.mark.parametrize("name, how", WAYS)
 def test_values_and_gradients(name, how):
     """Fails on another sharding than `add` gives, or rows exchanged on the way."""
     given = operands(MESH, name)
@@ -104,7 +105,7 @@ def test_padding_value(name):
 
 
 @pytest.mark.parametrize("kinds", ("explicit auto", "auto explicit"))
-@pytest.mark.parametrize("name", ("both", "segments-only", "segments-and-features"))
+@pytest.mark.parametrize("name", ("both", "segments-and-features"))
 def test_mixed_mesh(name, kinds):
     """Fails on an auto axis treated as an explicit one, or the other way round."""
     xs, segments, cts = operands(mesh(kinds), name)
@@ -118,9 +119,8 @@ def test_mixed_mesh(name, kinds):
         assert tuple(jax.typeof(y).sharding.spec) == kept
 
 
-@pytest.mark.parametrize("jit", (True, False), ids=("jit", "eager"))
 @pytest.mark.parametrize("name", ("both", "segments-and-features"))
-def test_vmap_over_a_sharded_axis(name, jit):
+def test_vmap_over_a_sharded_axis(name):
     """Fails if the mapped axis and its sharding part."""
     xs, segments, cts = operands(MESH, name)
     x_axis = 0
@@ -134,7 +134,7 @@ def test_vmap_over_a_sharded_axis(name, jit):
         ]
 
     with jax.set_mesh(MESH):
-        results = values_and_gradients(rows, xs, segments, cts, jit)
+        results = values_and_gradients(rows, xs, segments, cts)
     for case, s, ct, y, x_bar in results:
         want, want_bar = np.broadcast_to(xs[0], SHAPE), case.expected(ct, s)
         assert_same_bits(y, case.expected(want, s), case.name)
@@ -153,11 +153,10 @@ def test_vmap_over_a_sharded_feature():
     assert spec_of(y) == ("a", None, "b")
 
 
-@pytest.mark.parametrize("jit", (True, False), ids=("jit", "eager"))
-def test_order_of_segments(jit):
+def test_order_of_segments():
     """Fails if the sums of lengths, or the sharding of the reversed lengths, are
     wrong."""
-    f = jax.jit(reverse_segment_order) if jit else reverse_segment_order
+    f = jax.jit(reverse_segment_order)
     want = _reference.reverse_order(
         integers(SHAPE), SEGMENTS[1], axis=1, batch_axes=(0,)
     )
