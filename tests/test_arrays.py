@@ -1,12 +1,11 @@
 """What an array can be: any dtype under any transformation, a key, donated, laid out
-otherwise, on another device, saved by name."""
+otherwise, on another device."""
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax import lax
-from jax.ad_checkpoint import checkpoint_name
 from jax.experimental.layout import Format, Layout
 
 from jax_revseg import reverse_sequence
@@ -149,24 +148,3 @@ def test_committed_to_another_device():
         assert reverse_sequence(ROWS.x(), LENGTHS).devices() == {first}
     with pytest.raises(ValueError, match="incompatible devices"):
         reverse_sequence(x, jax.device_put(LENGTHS, first))
-
-
-def test_saved_by_name():
-    """Fails on a policy that does not find the result, or computes it again."""
-
-    def layer(x):
-        return jnp.sin(checkpoint_name(reverse_sequence(jnp.sin(x), LENGTHS), "r"))
-
-    def count(policy):
-        gradient = jax.grad(lambda x: jax.checkpoint(layer, policy=policy)(x).sum())
-        return str(jax.make_jaxpr(gradient)(x)).count("= reverse_segments["), gradient(
-            x
-        )
-
-    x = np.linspace(-1, 1, 28, dtype=np.float32).reshape(4, 7)
-    saved, again = (
-        count(jax.checkpoint_policies.save_only_these_names(name))
-        for name in ("r", "_")
-    )
-    assert (saved[0], again[0]) == (2, 3)  # Forward, backward; and forward once more.
-    np.testing.assert_array_equal(saved[1], again[1])

@@ -64,23 +64,25 @@ def make(kind, devices=1):
 
 @each_kind
 def test_derivatives_with_a_mesh_of_one_device(kind, desired):
-    mesh, on_host = make(kind), (X, OTHERS)
-    on_mesh = jax.device_put(on_host, jax.NamedSharding(mesh, jax.P()))
-    x, others = jax.tree.map(jnp.asarray, on_host)
-    run = partial(derivatives, functions=ALL)
+    mesh = make(kind)
+    x, others = jax.device_put((X, OTHERS), jax.NamedSharding(mesh, jax.P()))
     with jax.set_mesh(mesh):
-        close(jax.jit(run)(*on_mesh), desired)
-        jax.jit(run).lower(*on_host)
-        # Each operation is compiled alone: few are enough.
+        close(jax.jit(partial(derivatives, functions=ALL))(x, others), desired)
+        # Outside jit each operation is compiled alone: few are enough.
+        x, others = jax.tree.map(jnp.asarray, (X, OTHERS))
         for name in ("lengths value", "order", "pack"):
             grad = jax.grad(loss_of(ALL[name], others))(x)
             close({name: [grad]}, {name: desired[name][1:2]})
 
 
-@each_kind
 @pytest.mark.parametrize(
-    "what, context",
-    (("x", "set"), ("others", "set"), ("both", "unset")),
+    "kind, what, context",
+    (
+        ("Auto", "x", "set"),
+        ("Explicit", "x", "set"),
+        ("Explicit", "others", "set"),
+        ("Explicit", "both", "unset"),
+    ),
 )
 def test_derivatives_with_sharded_rows(kind, what, context, desired):
     mesh = make(kind, 4)

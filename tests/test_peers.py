@@ -1,11 +1,9 @@
 """The same bytes from other frameworks, on every case that they accept.
 
-ONNX Runtime is in test_onnx.py; ONNX's own tests of the operator are here.
+ONNX Runtime's ReverseSequence is in test_onnx.py.
 """
 
-import importlib
 import importlib.util
-import unittest
 from dataclasses import replace
 
 import jax.numpy as jnp
@@ -69,48 +67,6 @@ def test_tensorflow():
         assert_same_bits(theirs.numpy().view(ours.dtype), ours, case.name)
         names.add(case.name)
     assert names >= AT_LEAST
-
-
-def test_onnx_node_tests(monkeypatch):
-    """ONNX's own tests of ReverseSequence, with ours as the backend."""
-    need("onnx")
-    import onnx.backend.base
-    import onnx.backend.test
-
-    ran = []
-
-    class Model(onnx.backend.base.BackendRep):
-        def __init__(self, axes):
-            self.axes = axes
-
-        def run(self, inputs, **_):
-            x, lengths = inputs
-            return (np.asarray(reverse_sequence(x, lengths, **self.axes)),)
-
-    class Backend(onnx.backend.base.Backend):
-        @classmethod
-        def prepare(cls, model, device="CPU", **_):
-            ran.append(model.graph.name)
-            (node,) = model.graph.node
-            assert node.op_type == "ReverseSequence"
-            given = {a.name: a.i for a in node.attribute}
-            axis, batch_axis = given.get("time_axis", 0), given.get("batch_axis", 1)
-            return Model(dict(axis=axis, batch_axis=batch_axis))
-
-        @classmethod
-        def supports_device(cls, device):
-            return device == "CPU"
-
-    def import_ours(_):
-        importlib.import_module("onnx.backend.test.case.node.reversesequence")
-
-    # Every other operator's tests take five seconds to make, with warnings.
-    monkeypatch.setattr("onnx.backend.test.loader.import_recursive", import_ours)
-    tests = onnx.backend.test.BackendTest(Backend, __name__).include("reversesequence")
-    result = unittest.TestResult()
-    tests.test_suite.run(result)
-    assert not result.errors + result.failures
-    assert {"test_reversesequence_time", "test_reversesequence_batch"} <= set(ran)
 
 
 def test_flax_flip_sequences():

@@ -298,13 +298,13 @@ def test_bidirectional_sums_over_devices():
     x = np.arange(3 * 16 * 4).reshape(3, 16, 4)
     lengths = np.array([5, 16, 11])
     f = jax.shard_map(
-        partial(bidirectional(cumulative, cumulative), axis_name="seq"),
+        partial(bidirectional, cumulative, cumulative, axis_name="seq"),
         mesh=make_mesh(seq=4),
         in_specs=(P(None, "seq"), P()),
         out_specs=P(None, "seq"),
     )
     total = partial(jnp.cumsum, axis=1)
-    expected = bidirectional(total, total)(x, lengths)
+    expected = bidirectional(total, total, x, lengths)
     np.testing.assert_array_equal(jax.jit(f)(x, lengths), expected)
 
 

@@ -53,7 +53,7 @@ def add(forward: jax.Array, backward: jax.Array) -> jax.Array:
 
 
 def loss(x: jax.Array) -> jax.Array:
-    both: jax.Array = bidirectional(total, total, merge=add)(x, lengths, axis=1)
+    both: jax.Array = bidirectional(total, total, x, lengths, axis=1, merge=add)
     return both.sum()
 
 
