@@ -138,11 +138,11 @@ def bidirectional(
     x, _ = alike(call, (x, layout.batch_axes), (segments, rows))
     shape = jax.tree.leaves(x)[0].shape
     back = None
-    if mask is not None:
-        x, segments, layout, back = _to_front(call, x, segments, layout)
-    if layout.kind == "padded":
+    if layout.kind in ("padded", "mask"):
         fill = partial(_fill, call=call, layout=layout)
         x = jax.tree.map(lambda leaf: fill(leaf, segments), x)
+    if mask is not None:
+        x, segments, layout, back = _to_front(call, x, segments, layout)
 
     def reverse(tree: Any) -> Any:
         return jax.tree.map(lambda a: reverse_rows(call, a, segments, layout), tree)
@@ -183,9 +183,9 @@ def _check_output(
 
 
 @compiled
-def _fill(x, lengths, *, call, layout):
+def _fill(x, segments, *, call, layout):
     return fill_padding(
-        x, masks(call, lengths, x.shape[layout.axis], layout)[0], layout
+        x, masks(call, segments, x.shape[layout.axis], layout)[0], layout
     )
 
 

@@ -73,10 +73,8 @@ def check_step(call: Call, f: Callable[..., Any], batch: tuple[int, ...]):
             out = f(carry, x)
         except Exception as error:
             error.add_note(
-                f"{call.function}: f was given the carry {given} and x {describe(x)}; "
-                f"the batch axes are {batch}."
-                + pairs
-                * " init is the pair (forward, backward) of two carries."
+                f"{call.function} gave f the carry {given} and x {describe(x)}, with "
+                f"batch axes {batch}{'; init is a pair of carries' * pairs}."
             )
             raise
         if not isinstance(out, (tuple, list)) or len(out) != 2:
@@ -94,8 +92,7 @@ def check_step(call: Call, f: Callable[..., Any], batch: tuple[int, ...]):
                 hint = "init is a pair of carries, for an LSTM ((h, c), (h, c))"
             call.fail(
                 f"f was given a carry of {given}, but returned one of {describe(new)}; "
-                "make init "
-                f"and what f returns equal in structure, shapes and dtypes ({hint}).",
+                f"make structure, shapes and dtypes equal ({hint}).",
                 TypeError,
             )
         for path, leaf in tree_leaves_with_path(y):
@@ -122,16 +119,13 @@ def check_carry_in(call: Call, carry_in: Any, name: str, like: Any) -> None:
         return f"{x.dtype}[{','.join(map(str, x.shape))}]"
 
     got, want = (jax.tree.map(short, tree) for tree in (carry_in, like))
-    if jax.tree.flatten(got) == jax.tree.flatten(want):
-        return
-    shapes = [
-        jax.tree.flatten(jax.tree.map(lambda x: x.shape, t)) for t in (carry_in, like)
-    ]
-    call.fail(
-        f"carry_in is {got}, but must be {want}, like {name} in structure, shapes and "
-        "dtypes; convert it with .astype or jax.numpy.broadcast_to.",
-        TypeError if shapes[0] == shapes[1] else ValueError,
-    )
+    if jax.tree.flatten(got) != jax.tree.flatten(want):
+        a, b = ([x.shape for x in jax.tree.leaves(tree)] for tree in (carry_in, like))
+        call.fail(
+            f"carry_in is {got}, but must be {want}, like {name}; make structure, "
+            "shapes and dtypes equal.",
+            TypeError if a == b else ValueError,
+        )
 
 
 def check_unroll(call: Call, unroll: Any) -> None:
