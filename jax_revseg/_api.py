@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
+from jax_revseg import _compat
 from jax_revseg._arguments import (
     AxisName,
     BatchAxis,
@@ -22,9 +23,11 @@ from jax_revseg._segments import parse_segments
 from jax_revseg._sharded_axis import whole_rows
 
 
-@compiled
-def _reverse(x, segments, *, layout):  # Compiled: half the time of an eager bind.
-    return bind(x, segments, layout)
+_compiled_bind = jax.jit(bind, static_argnums=2)  # Half the time of an eager bind.
+
+
+def _reverse(x: jax.Array, segments: Any, layout: Layout) -> jax.Array:
+    return (bind if _compat.staged() else _compiled_bind)(x, segments, layout)
 
 
 @compiled
@@ -43,7 +46,7 @@ def reverse_rows(
 ) -> jax.Array:
     """Reverses the segments of checked arguments; `bidirectional` enters here."""
     x, segments, restore = whole_rows(call, x, segments, layout)
-    out = _reverse(x, segments, layout=layout)
+    out = _reverse(x, segments, layout)
     if padding_value is not None:
         out = fill(out, segments, padding_value, layout)
     return restore(out)
@@ -257,8 +260,8 @@ def reverse_segment_order(
     whole, lengths_there, restore = whole_rows(call, x, segments, layout)
     # Reversing the whole valid part puts the segments into the opposite order, each of
     # them reversed; so each one is reversed first.
-    each = _reverse(whole, lengths_there, layout=layout)
+    each = _reverse(whole, lengths_there, layout)
     totals = _totals(whole, lengths_there, axis=layout.axis)
-    out = _reverse(each, totals, layout=layout._replace(kind="padded"))
+    out = _reverse(each, totals, layout._replace(kind="padded"))
     devices, axis = call.devices, layout.axis
     return restore(out), _reversed_lengths(x, segments, axis=axis, devices=devices)

@@ -46,6 +46,8 @@ def vary_like(x: jax.Array, *others: jax.Array) -> jax.Array:
 
 def staged() -> bool:
     """Returns whether operations go into a jaxpr here; under eager `grad` they run."""
+    if core.trace_ctx.is_top_level():
+        return False
     trace = core.trace_ctx.trace
     while trace is not None and not isinstance(trace, DynamicJaxprTrace):
         trace = getattr(trace, "parent_trace", None)

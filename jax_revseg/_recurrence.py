@@ -51,19 +51,19 @@ def _prepare(
     call: Call,
     layout: Layout,
     reverse: bool,
-    chunk: int = 1,
+    chunk: int | None = None,
 ) -> _Loop:
     """Finds valid steps and starts, fills the padding, and puts time in front."""
     axis, batch_axes = layout.axis, layout.batch_axes
     batch, size = _sizes(xs, layout)
     rows, over_time = range(len(batch)), len(batch)
     valid, starts = masks(call, segments, size, layout) if size != 0 else (None, None)
-    if missing := -size % chunk:  # More padding, for chunks of one size.
+    if chunk and size % chunk:  # More padding, for chunks of one size.
         valid = jnp.ones((*batch, size), bool) if valid is None else valid
-        valid = _grow(valid, over_time, missing)
-        starts = starts if starts is None else _grow(starts, over_time, missing)
+        grow = partial(_grow, multiple=chunk)
+        valid, starts = jax.tree.map(lambda m: grow(m, over_time), (valid, starts))
         starts = starts if starts is None else starts | ~valid
-        xs = jax.tree.map(lambda x: _grow(x, axis, missing), xs)
+        xs = jax.tree.map(lambda x: grow(x, axis), xs)
     init, carry_in, xs, (valid, starts) = alike(
         call, (init, rows), (carry_in, rows), (xs, batch_axes), ((valid, starts), rows)
     )
@@ -85,8 +85,8 @@ def _prepare(
     return _Loop(carry, init, padding, first, xs, valid, starts)
 
 
-def _grow(x: jax.Array, axis: int, missing: int) -> jax.Array:
-    shape = (*x.shape[:axis], missing, *x.shape[axis + 1 :])
+def _grow(x: jax.Array, axis: int, multiple: int) -> jax.Array:
+    shape = (*x.shape[:axis], -x.shape[axis] % multiple, *x.shape[axis + 1 :])
     return lax.concatenate([x, lax.full_like(x, 0, shape=shape)], axis)
 
 
@@ -131,7 +131,7 @@ def _run_loop(step: Any, loop: _Loop, *, reverse=False, unroll=1, chunk=None) ->
 def scan_rows(f, init, carry_in, xs, segments, *, call, layout, reverse, unroll, chunk):
     """The program of `scan_segments`."""
     batch, size = _sizes(xs, layout)
-    loop = _prepare(init, carry_in, xs, segments, call, layout, reverse, chunk or 1)
+    loop = _prepare(init, carry_in, xs, segments, call, layout, reverse, chunk)
     step = check_step(call, f, batch)
     carry, ys = _run_loop(step, loop, reverse=reverse, unroll=unroll, chunk=chunk)
     ys = jax.tree.map(lambda y: y[:size], ys) if chunk else ys

@@ -39,9 +39,8 @@ class _Encoding(NamedTuple):
 
     def layout(self, call: Call, x_shape: tuple[int, ...]) -> Layout:
         """Returns the layout of an array of this shape."""
-        shape, axes = self.values.shape, (self.axis, self.batch_axis)
-        layout = _layout(call, x_shape, self.name, self.kind, shape, *axes)
-        return layout._replace(padding_id=self.padding_id)
+        name, kind, values, *rest = self
+        return _layout(call, x_shape, name, kind, values.shape, *rest)
 
     def segments(self, call: Call, x_shape: Any, layout: Layout) -> tuple[Any, Layout]:
         """Returns checked segments, whose last axis goes over steps or segments."""
@@ -144,8 +143,10 @@ def _layout(
     shape: tuple[int, ...],
     axis: int | None,
     batch_axis: tuple[int, ...] | None,
+    padding_id: int | None,
 ) -> Layout:
-    return _Shapes(call, x_shape, name, kind, shape).layout(axis, batch_axis)
+    layout = _Shapes(call, x_shape, name, kind, shape).layout(axis, batch_axis)
+    return layout._replace(padding_id=padding_id)
 
 
 class _Shapes(NamedTuple):
