@@ -22,7 +22,6 @@ from jax_revseg._primitive import bind
 from jax_revseg._segments import parse_segments
 from jax_revseg._sharded_axis import whole_rows
 
-
 _compiled_bind = jax.jit(bind, static_argnums=2)  # Half the time of an eager bind.
 
 

@@ -27,41 +27,38 @@ _KINDS: dict[str, Kind] = {
 }
 
 
-class _Encoding(NamedTuple):
-    """The one encoding of a call, and the axes that the user gave."""
+def parse_segments(
+    call: Call, x: jax.Array, axis: Any, batch_axis: Any = None, **encodings: Any
+) -> tuple[Any, Layout]:
+    """Returns the segments, from the one encoding that is given, and their layout."""
+    name, kind, values, *axes = _parse(call, axis, batch_axis, **encodings)
+    layout = _layout(call, x.shape, name, kind, values.shape, *axes)
+    return _segments(call, x.shape, name, values, layout)
 
-    name: str
-    kind: Kind
-    values: Any
-    axis: int | None
-    batch_axis: tuple[int, ...] | None
-    padding_id: int | None
 
-    def layout(self, call: Call, x_shape: tuple[int, ...]) -> Layout:
-        """Returns the layout of an array of this shape."""
-        name, kind, values, *rest = self
-        return _layout(call, x_shape, name, kind, values.shape, *rest)
-
-    def segments(self, call: Call, x_shape: Any, layout: Layout) -> tuple[Any, Layout]:
-        """Returns checked segments, whose last axis goes over steps or segments."""
-        values: Any = self.values
-        if layout.per_step:  # They lie like x.
-            at = sorted((*layout.batch_axes, layout.axis)).index(layout.axis)
-            numpy: Any = jnp if isinstance(values, jax.Array) else np
-            values = values if at == values.ndim - 1 else numpy.moveaxis(values, at, -1)
-        if not isinstance(values, jax.Array):
-            return HostValues(call, x_shape, self.name, values, layout).checked()
-        if self.name == "cu_seqlens":
-            return _differences(values), layout
-        if self.padding_id is not None:
-            info = jnp.iinfo(values.dtype)
-            if not info.min <= self.padding_id <= info.max:
-                call.fail(
-                    f"padding_id is {self.padding_id}, but segment_ids has dtype "
-                    f"{values.dtype}, which holds {info.min} to {info.max}; use "
-                    "another padding_id or another dtype."
-                )
-        return values, layout
+def parse_arrays(
+    call: Call, name: str, tree: Any, axis: Any, batch_axis: Any = None, **more: Any
+) -> tuple[Any, Any, Layout]:
+    """Returns the arrays of a pytree, which share their segments and their axes."""
+    leaves, treedef = tree_flatten_with_path(tree)
+    if not leaves:
+        call.fail(f"{name} is {tree!r}, a pytree without an array; give at least 1.")
+    encoding, kind, values, *axes = _parse(call, axis, batch_axis, **more)
+    arrays, found = [], {}
+    for path, leaf in leaves:
+        of_leaf = call._replace(x_name=f"{name}{keystr(path)}")
+        arrays.append(x := of_leaf.array(leaf))
+        layout = _layout(of_leaf, x.shape, encoding, kind, values.shape, *axes)
+        found.setdefault((layout, x.shape[layout.axis]), (of_leaf, x.shape))
+    if len(found) > 1:
+        shapes = [f"{c.x_name} has shape {shape}" for c, shape in found.values()]
+        call.fail(
+            f"the arrays disagree about the segment axis: {' and '.join(shapes)}; give "
+            "them the same axes, and count axis from the start."
+        )
+    [((layout, _), (call, shape))] = found.items()
+    segments, layout = _segments(call, shape, encoding, values, layout)
+    return treedef.unflatten(arrays), segments, layout
 
 
 def _parse(
@@ -71,9 +68,11 @@ def _parse(
     padding_id: int | None = None,
     lengths_kind: Kind = "padded",
     **encodings: Any,
-) -> _Encoding:
-    given = {name: value for name, value in encodings.items() if value is not None}
-    given = encodings if len(encodings) == 1 else given
+) -> tuple[str, Kind, Any, int | None, Any, int | None]:
+    """Returns the one encoding with its name and kind, and the static arguments."""
+    given = encodings
+    if len(encodings) > 1:
+        given = {name: value for name, value in encodings.items() if value is not None}
     if len(given) != 1:
         got = f"both {' and '.join(given)}" if given else "none"
         call.fail(f"got {got}; give exactly one of {', '.join(encodings)}.")
@@ -85,53 +84,39 @@ def _parse(
                 "padding_id goes with segment_ids only: leave it out."
             )
         padding_id = call.integer("padding_id", padding_id)
+    if call.axis_name is not None:
+        _ = call.devices  # Raises for a bad axis_name.
     kind = lengths_kind if name == "lengths" else _KINDS[name]
-    values = (call.booleans if kind in ("mask", "starts") else call.integers)(
-        name, value
-    )
+    parse = call.booleans if kind in ("mask", "starts") else call.integers
+    values = parse(name, value)
     axis = axis if axis is None else call.integer("axis", axis)
     if batch_axis is not None:
         axes = batch_axis if isinstance(batch_axis, (tuple, list)) else (batch_axis,)
         batch_axis = tuple(call.integer("batch_axis", a) for a in axes)
-    _ = call.devices  # Raises for a bad axis_name.
-    return _Encoding(name, kind, values, axis, batch_axis, padding_id)
+    return name, kind, values, axis, batch_axis, padding_id
 
 
-def parse_segments(
-    call: Call, x: jax.Array, axis: int | None, batch_axis: Any = None, **encodings: Any
+def _segments(
+    call: Call, x_shape: tuple[int, ...], name: str, values: Any, layout: Layout
 ) -> tuple[Any, Layout]:
-    """Returns the segments, from the one encoding that is given, and their layout."""
-    encoding = _parse(call, axis, batch_axis, **encodings)
-    return encoding.segments(call, x.shape, encoding.layout(call, x.shape))
-
-
-def parse_arrays(
-    call: Call,
-    name: str,
-    tree: Any,
-    axis: int | None,
-    batch_axis: Any = None,
-    **more: Any,
-) -> tuple[Any, Any, Layout]:
-    """Returns the arrays of a pytree, which share their segments and their axes."""
-    leaves, treedef = tree_flatten_with_path(tree)
-    if not leaves:
-        call.fail(f"{name} is {tree!r}, a pytree without an array; give at least 1.")
-    encoding = _parse(call, axis, batch_axis, **more)
-    arrays, found = [], {}
-    for path, leaf in leaves:
-        of_leaf = call._replace(x_name=f"{name}{keystr(path)}")
-        arrays.append(x := of_leaf.array(leaf))
-        layout = encoding.layout(of_leaf, x.shape)
-        found.setdefault((layout, x.shape[layout.axis]), (of_leaf, x.shape))
-    if len(found) > 1:
-        shapes = [f"{c.x_name} has shape {shape}" for c, shape in found.values()]
-        call.fail(
-            f"the arrays disagree about the segment axis: {' and '.join(shapes)}; give "
-            "them the same axes, and count axis from the start."
-        )
-    [((layout, _), (call, shape))] = found.items()
-    return treedef.unflatten(arrays), *encoding.segments(call, shape, layout)
+    """Returns checked segments, whose last axis goes over steps or segments."""
+    if layout.per_step:  # They lie like x.
+        at = sorted((*layout.batch_axes, layout.axis)).index(layout.axis)
+        numpy: Any = jnp if isinstance(values, jax.Array) else np
+        values = values if at == values.ndim - 1 else numpy.moveaxis(values, at, -1)
+    if not isinstance(values, jax.Array):
+        return HostValues(call, x_shape, name, values, layout).checked()
+    if name == "cu_seqlens":
+        return _differences(values), layout
+    if layout.padding_id is not None:
+        info = jnp.iinfo(values.dtype)
+        if not info.min <= layout.padding_id <= info.max:
+            call.fail(
+                f"padding_id is {layout.padding_id}, but segment_ids has dtype "
+                f"{values.dtype}, which holds {info.min} to {info.max}; use another "
+                "padding_id or another dtype."
+            )
+    return values, layout
 
 
 @lru_cache(maxsize=4096)  # Otherwise a fifth of the time of an eager call.
