@@ -64,6 +64,12 @@ LAYOUTS = {
         ["00011...", "22223344"],
         IDS,
     ),
+    "time-major-ids": Picture(
+        lambda x: reverse_segments(x, segment_ids=IDS.T, padding_id=0, axis=0),
+        ["af", "bg", "ch", "di", "ej", ".k", ".l", ".m"],
+        ["02", "02", "02", "12", "13", ".3", ".4", ".4"],
+        IDS.T,
+    ),
     "cu-seqlens": Picture(  # An unbatched axis, drawn as one row.
         lambda x: reverse_segments(x[0], cu_seqlens=[0, 3, 5, 9])[None],
         ["abcdefghi."],
