@@ -33,9 +33,9 @@ napoleon_google_docstring = True
 napoleon_numpy_docstring = False
 # Nothing to link to without an inventory from the network at each build.
 nitpick_ignore_regex = [
-    ("py:.*", r"(jax|jaxlib|numpy|collections|typing|jax_revseg\._bidirectional)\..*"),
+    ("py:.*", r"(jax|jaxlib|numpy|collections|typing)\..*"),
     ("py:.*", r"ArrayLike|AxisName|BatchAxis|Integers|Any|Callable"),
-    ("py:.*", r"Bidirectional|jax_revseg\._.*"),
+    ("py:.*", r"jax_revseg\._.*"),
 ]
 
 # `sphinx -b linkcheck` checks the site's own links and asks nobody else.
@@ -56,7 +56,8 @@ if repository := hatch["metadata"]["hooks"]["custom"]["repository"]:
     }
 
 # The Markdown of these two pages is for readers of the repository. The site adds the
-# docstrings to the one and shows the changelog itself as the other.
+# docstrings to the one, in the order of its tables, and shows the changelog itself as
+# the other.
 DOCSTRINGS = """
 
 ```{{eval-rst}}
@@ -65,15 +66,23 @@ DOCSTRINGS = """
 {}
 ```
 """
+FUNCTIONS = [f for f in jax_revseg.__all__ if not f.endswith("_p")]
+CALL = re.compile(rf"`(({'|'.join(FUNCTIONS)})(\(.*?\))?)`")
 
 
 def complete(app, name, source):
     if name == "api":
-        functions = [f for f in jax_revseg.__all__ if not f.endswith("_p")]
-        listed = "\n\n".join(f".. autofunction:: {name}" for name in functions)
-        source[0] += DOCSTRINGS.format(listed)
+        listed = [call[1] for call in CALL.findall(source[0])]
+        each = "\n\n".join(f".. autofunction:: {f}" for f in dict.fromkeys(listed))
+        linked = CALL.sub(r"{py:func}`\1 <jax_revseg.\2>`", source[0])
+        source[0] = linked + DOCSTRINGS.format(each)
     elif name == "changelog":
         source[0] = (ROOT / "CHANGELOG.md").read_text()
+
+
+def link(app, what, name, obj, options, lines):
+    """Links the functions that a docstring names."""
+    lines[:] = [CALL.sub(r":py:func:`\1 <jax_revseg.\2>`", line) for line in lines]
 
 
 def plain_aliases(app, what, name, obj, options, signature, returns):
@@ -83,4 +92,5 @@ def plain_aliases(app, what, name, obj, options, signature, returns):
 
 def setup(app):
     app.connect("source-read", complete)
+    app.connect("autodoc-process-docstring", link)
     app.connect("autodoc-process-signature", plain_aliases)
