@@ -81,8 +81,13 @@ def complete(app, name, source):
 
 
 def link(app, what, name, obj, options, lines):
-    """Links the functions that a docstring names."""
-    lines[:] = [CALL.sub(r":py:func:`\1 <jax_revseg.\2>`", line) for line in lines]
+    """Links the other functions that a docstring names."""
+
+    def role(call):
+        other = call[2] != name.rpartition(".")[2]
+        return f":py:func:`{call[1]} <jax_revseg.{call[2]}>`" if other else call[0]
+
+    lines[:] = [CALL.sub(role, line) for line in lines]
 
 
 def plain_aliases(app, what, name, obj, options, signature, returns):
