@@ -17,7 +17,7 @@ from jax_revseg._arguments import (
 )
 from jax_revseg._layout import Layout
 from jax_revseg._linear import compiled
-from jax_revseg._lowering import fill, packed_ends, starts_of
+from jax_revseg._lowering import fill, last_end, packed_ends, starts_of
 from jax_revseg._primitive import bind
 from jax_revseg._segments import parse_segments
 from jax_revseg._sharded_axis import whole_rows
@@ -31,7 +31,7 @@ def _reverse(x: jax.Array, segments: Any, layout: Layout) -> jax.Array:
 
 @compiled
 def _totals(x, lengths, *, axis):
-    return jnp.max(packed_ends(lengths, x.shape[axis]), -1, initial=0)
+    return last_end(packed_ends(lengths, x.shape[axis]))
 
 
 @compiled

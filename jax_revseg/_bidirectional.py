@@ -9,6 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 from jax.tree_util import keystr, tree_map_with_path
 
 from jax_revseg._api import reverse_rows
@@ -206,7 +207,7 @@ def _to_front(call: Call, x: Any, mask: Any, layout: Layout) -> Any:
 @compiled
 def _orders(mask):
     """Which step comes to each position at the front, and where each step went."""
-    rank = jnp.cumsum(mask, -1, dtype=jnp.int32)
+    rank = lax.cumsum(mask.astype(jnp.int32), mask.ndim - 1)
     return jnp.argsort(~mask, -1), jnp.maximum(rank - 1, 0), rank[..., -1]
 
 

@@ -64,6 +64,12 @@ def packed_ends(lengths: jax.Array, size: int) -> jax.Array:
     return jnp.minimum(sums, limit).astype(position_dtype(size))
 
 
+def last_end(ends: jax.Array) -> jax.Array:
+    """The end of the last packed segment; 0 where there is none."""
+    some = ends.shape[-1] != 0
+    return ends[..., -1] if some else jnp.zeros(ends.shape[:-1], ends.dtype)
+
+
 def starts_of(ends: jax.Array) -> jax.Array:
     """The start of each packed segment: the end of the segment before."""
     return shift(ends, 1)
@@ -183,7 +189,7 @@ def padding_mask(segments: jax.Array, size: int, layout: Layout) -> jax.Array:
     if layout.kind == "padded":
         end = clip_lengths(segments, size)
     else:
-        end = jnp.max(packed_ends(segments, size), -1, initial=0)  # K may be 0.
+        end = last_end(packed_ends(segments, size))
     t = lax.broadcasted_iota(end.dtype, (*end.shape, size), end.ndim)
     return t >= end[..., None]
 

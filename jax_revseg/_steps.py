@@ -18,6 +18,7 @@ from jax_revseg._layout import Layout
 from jax_revseg._lowering import (
     align,
     clip_lengths,
+    last_end,
     packed_ends,
     position_dtype,
     starts_of,
@@ -126,7 +127,7 @@ def masks(
     spec = jax.typeof(segments).sharding
     rows = NamedSharding(spec.mesh, PartitionSpec(*spec.spec[:-1], None))
     starts = _compat.automatic(mark, rows)(ends, start)
-    valid = t < jnp.max(ends, -1, keepdims=True, initial=0)  # K may be 0.
+    valid = t < last_end(ends)[..., None]
     return valid, starts | ~valid
 
 
