@@ -40,10 +40,17 @@ _reverse_sequence_p = Primitive("jax_revseg_reverse_sequence")
 _reverse_sequence_p.def_abstract_eval(lambda x, lengths: x.update())
 
 
-def _inline(ctx: Any, eqn: Any, fun: Any) -> None:
+def _inline(ctx: Any, eqn: Any, fun: Any, symbolic: bool = False) -> None:
     """Lowers the equations of `fun` in place of `eqn`."""
+    [outer] = eqn.outvars
+    if (
+        outer.aval == eqn.invars[0].aval and 0 in outer.aval.shape
+    ):  # Of a symbolic size.
+        ctx.bind_value_for_var(outer, ctx.get_value_for_var(eqn.invars[0]))
+        return
     avals = [jax.ShapeDtypeStruct(v.aval.shape, v.aval.dtype) for v in eqn.invars]
-    if any(not isinstance(n, int) for aval in avals for n in aval.shape):
+    sizes = [n for aval in avals for n in aval.shape]
+    if not symbolic and not all(isinstance(n, int) for n in sizes):
         raise NotImplementedError(
             f"{eqn.primitive.name}: ONNX export needs shapes of integers, but the "
             f"operands have shapes {[aval.shape for aval in avals]}; export one model "
@@ -52,10 +59,10 @@ def _inline(ctx: Any, eqn: Any, fun: Any) -> None:
     closed = jax.make_jaxpr(fun)(*avals)
     for var, value in zip(closed.jaxpr.constvars, closed.consts, strict=True):
         ctx.bind_const_for_var(var, value)
-    for outer, inner in zip(eqn.invars, closed.jaxpr.invars, strict=True):
-        ctx.bind_value_for_var(inner, ctx.get_value_for_var(outer))
+    for given, inner in zip(eqn.invars, closed.jaxpr.invars, strict=True):
+        ctx.bind_value_for_var(inner, ctx.get_value_for_var(given))
     lower_jaxpr_eqns(ctx, closed.jaxpr, source=eqn.primitive.name)
-    [outer], [inner] = eqn.outvars, closed.jaxpr.outvars
+    [inner] = closed.jaxpr.outvars
     ctx.bind_value_for_var(outer, ctx.get_value_for_var(inner))
 
 
@@ -73,9 +80,11 @@ def _around(bounds: jax.Array, size: int) -> tuple[jax.Array, jax.Array, jax.Arr
 
 def _source_index(segments: jax.Array, size: int, layout: Layout) -> jax.Array:
     """For each row and position, the position to read: `(rows, size)`."""
-    if layout.kind == "ids":
+    if layout.per_step:
         u = lax.iota(jnp.int32, size)
-        ends = segments[:, 1:] != segments[:, :-1]
+        ends = segments[:, 1:]
+        if layout.kind == "ids":
+            ends = ends != segments[:, :-1]
         bounds = jnp.where(ends, u[1:], 0)
         valid = True
         if layout.padding_id is not None:
@@ -116,8 +125,12 @@ def _reverse(x: jax.Array, segments: jax.Array, *, layout: Layout, node: bool) -
 class _ReverseSegments(PrimitiveLeafPlugin):
     def lower(self, ctx: Any, eqn: Any) -> None:
         # ReverseSequence takes neither bfloat16 nor floats of 8 bits.
-        node = eqn.invars[0].aval.dtype.kind in "biuf"
-        _inline(ctx, eqn, partial(_reverse, layout=eqn.params["layout"], node=node))
+        layout, x = eqn.params["layout"], eqn.invars[0].aval
+        node = x.dtype.kind in "biuf"
+        # One batch axis may be symbolic where the node needs no reshape.
+        symbolic = node and layout.kind == "padded" and len(layout.batch_axes) == 1
+        symbolic &= isinstance(x.shape[layout.axis], int)
+        _inline(ctx, eqn, partial(_reverse, layout=layout, node=node), symbolic)
 
 
 @register_primitive(jaxpr_primitive=_reverse_sequence_p.name)
