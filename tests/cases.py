@@ -27,7 +27,7 @@ class Case:
     name: str
     shape: tuple[int, ...]
     dtype: str = "float32"
-    layout: str = "padded"  # or "packed", "ids", "offsets" (that is, cu_seqlens)
+    layout: str = "padded"  # or "packed", "ids", "starts", "offsets" (cu_seqlens)
     axis: int = 1
     batch_axes: tuple[int, ...] = (0,)
     lengths: str = "random"  # or "zero", "one", "full", "over" (out of range)
@@ -52,7 +52,7 @@ class Case:
         return random_bits(self._rng(), self.shape, self.dtype)
 
     def segments(self) -> np.ndarray:
-        """What goes beside x: lengths, ids or offsets, in `lengths_dtype`."""
+        """What goes beside x: booleans as starts, all else in `lengths_dtype`."""
         rng, dtype = self._rng(), jnp.dtype(self.lengths_dtype)
         if self.layout == "padded":
             return self._lengths(rng, self.batch_shape, self.size).astype(dtype)
@@ -68,6 +68,9 @@ class Case:
         # from 1 on; what follows the last segment is the run of id 0.
         marks = np.zeros((*self.batch_shape, self.size + 1), int)
         *rows, _ = np.indices(offsets.shape)
+        if self.layout == "starts":  # The first one is not marked: it is one anyway.
+            np.add.at(marks, (*rows, offsets), np.arange(self.count + 1) > 0)
+            return marks[..., :-1] > 0
         np.add.at(marks, (*rows, offsets), 1)
         ids, t = marks.cumsum(-1)[..., :-1], np.arange(self.size)
         return np.where(t < offsets[..., -1:], ids, 0).astype(dtype)
@@ -96,14 +99,15 @@ class Case:
     def call(self, x: Any, segments: Any, **more: Any) -> jax.Array:
         """The public function on these operands."""
         keywords = self.keywords() | more
-        if self.layout == "ids":  # They lie like x.
+        if self.layout in ("ids", "starts"):  # They lie like x.
             order = np.argsort((*self.batch_axes, self.axis))
             numpy = jnp if isinstance(segments, jax.Array) else np
             segments = numpy.transpose(segments, order)
         if self.layout == "padded":
             return reverse_sequence(x, segments, **keywords)
-        argument = {"packed": "lengths", "ids": "segment_ids", "offsets": "cu_seqlens"}
-        return reverse_segments(x, **{argument[self.layout]: segments}, **keywords)
+        names = {"packed": "lengths", "ids": "segment_ids", "offsets": "cu_seqlens"}
+        argument = names.get(self.layout, self.layout)
+        return reverse_segments(x, **{argument: segments}, **keywords)
 
     def expected(
         self, x: np.ndarray, segments: np.ndarray, padding_value: Any = None
@@ -112,6 +116,8 @@ class Case:
         layout = self.layout
         if layout == "offsets":
             layout, segments = "packed", np.diff(segments.astype(object))
+        elif layout == "starts":
+            layout, segments = "ids", 1 + segments.cumsum(-1)
         return _reference.reverse(
             x,
             segments,
@@ -180,7 +186,7 @@ def enable_x64() -> Any:
     return enable_x64()
 
 
-LAYOUTS = ("padded", "packed", "ids", "offsets")
+LAYOUTS = ("padded", "packed", "ids", "offsets", "starts")
 # All but int1, uint1 and 6-bit floats, which the newest JAX names and cannot run.
 DTYPES = (
     *("bool", "int4", "int8", "int16", "int32", "int64"),
@@ -197,7 +203,7 @@ KINDS = tuple(
     Case(f"{layout}-{kind}", (4, 7, 2), layout=layout, lengths=kind, padding_id=0)
     for layout in LAYOUTS
     for kind in ("random", "zero", "one", "full", "over")
-    if (layout, kind) != ("ids", "over")  # No id is out of range.
+    if kind != "over" or layout not in ("ids", "starts")  # None is out of range.
 )
 
 # Every rank, with the segment axis and the batch axes anywhere and in any order.
@@ -226,7 +232,7 @@ AXES = tuple(
         padding_id=0 if layout == "ids" else None,
     )
     for i, (shape, axis, batch_axes) in enumerate(_AXES)
-    for layout in ("padded", LAYOUTS[1 + i % 3])
+    for layout in ("padded", LAYOUTS[1 + i % 4])
 )
 
 # Every dtype of x; the layouts take turns, since they and the dtypes never meet.

@@ -50,8 +50,12 @@ REVERSALS = {
     "packed": lambda x, o: reverse_segments(x, o["k"]),
     "ids": lambda x, o: reverse_segments(x, segment_ids=o["ids"], padding_id=0),
     "offsets": lambda x, o: reverse_segments(x, cu_seqlens=o["offsets"]),
+    "starts": lambda x, o: reverse_segments(x, starts=o["starts"]),
     "order": lambda x, o: reverse_segment_order(x, o["k"]),
     "bidirectional": lambda x, o: bidirectional(sums, sums, x, o["n"], merge=stack),
+    "bidirectional mask": lambda x, o: bidirectional(
+        sums, sums, x, mask=o["mask"], merge=stack
+    ),
 }
 PACKING = {
     "pack": lambda x, o: pack_segments(x, o["few"], max_length=3),
@@ -65,12 +69,18 @@ SCANS = {
     "scan ids": lambda x, o: scan_segments(
         step, o["init"], x, segment_ids=o["ids"], padding_id=0, reverse=True
     ),
+    "scan starts": lambda x, o: scan_segments(
+        step, o["init"], x, starts=o["starts"], carry_in=o["carry"], chunk=4
+    ),
     "scan mask": lambda x, o: scan_segments(step, o["init"], x, mask=o["mask"]),
     "both": lambda x, o: bidirectional_scan(
         scaled, (o["weight"],) * 2, (o["init"],) * 2, x, o["n"]
     ),
     "associative": lambda x, o: associative_scan_segments(
         add, x, segment_ids=o["ids"], padding_id=0
+    ),
+    "associative starts": lambda x, o: associative_scan_segments(
+        add, x, starts=o["starts"], carry_in=o["carry"], reverse=True
     ),
 }
 FUNCTIONS = REVERSALS | PACKING | SCANS
@@ -93,7 +103,9 @@ def operands(n=4, t=6, dtype=np.float32, index=np.int32):
     }
     others = {name: array.astype(index) for name, array in others.items()}
     zero, one = np.zeros(n, dtype), np.ones((), dtype)
-    return x, {**others, "mask": ids > 0, "init": zero, "value": one, "weight": one}
+    others |= {"mask": ids > 0, "starts": (ids + np.arange(t)) % 3 == 1}
+    carry = {"init": zero, "carry": zero + 1}
+    return x, {**others, **carry, "value": one, "weight": one}
 
 
 def values(f, x, others):

@@ -50,13 +50,15 @@ def cases(draw: st.DrawFn, dtypes: tuple[str, ...] = NARROW) -> Case:
 
 def segments_shape(case: Case) -> tuple[int, ...]:
     k, t = case.count, case.size
-    rest = dict(padded=(), packed=(k,), ids=(t,), offsets=(k + 1,))
+    rest = dict(padded=(), packed=(k,), ids=(t,), starts=(t,), offsets=(k + 1,))
     return (*case.batch_shape, *rest[case.layout])
 
 
 def segments(case: Case, shape: tuple[int, ...]) -> st.SearchStrategy[np.ndarray]:
     """Few ids, or lengths near the size of the axis and at their dtype's limits."""
     info = np.iinfo(case.lengths_dtype)
+    if case.layout == "starts":
+        return hnp.arrays(bool, shape)
     if case.layout == "ids":
         elements = st.integers(0, 2)
     else:

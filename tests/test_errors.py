@@ -31,7 +31,7 @@ seq, seg, order = reverse_sequence, reverse_segments, reverse_segment_order
 TYPE_ERRORS = (
     (
         lambda: seq(X, X > 0),
-        "lengths has dtype bool.*a mask goes into reverse_segments",
+        "lengths has dtype bool.*reverse_segments: segment_ids=mask.astype.*starts=",
     ),
     # What x may be.
     (lambda: seq([1, 2], 1), r"x must be an array, but has type list.*asarray"),
@@ -50,6 +50,8 @@ TYPE_ERRORS = (
     (lambda: seq(X, None), r"lengths is None of type NoneType.*integers"),
     (lambda: seq(X, "abc"), r"lengths is 'abc' of type str.*integers"),
     (lambda: seq(X, [1, None, 2]), r"lengths is \[1, None, 2\] of type list"),
+    (lambda: seq(X, [0, 2**70, 0]), r"lengths is .*; give .*64 bits at most"),
+    (lambda: seq(X, np.array([1, 2, 3], object)), r"lengths is .*dtype=object.*64 bits"),
     (lambda: seg(X, segment_ids=X), r"segment_ids has dtype float32.*integers"),
     (lambda: seg(X, cu_seqlens=[0.0]), r"cu_seqlens has dtype float64.*integers"),
     (lambda: order(X, [[1.0]] * 3), r"lengths has dtype float64.*integers"),
@@ -113,19 +115,20 @@ VALUE_ERRORS = (
     (lambda: seq(jnp.ones((5, 2)), [3, 4]), "if x is time-major, use axis=0"),
     (
         lambda: seg(jnp.ones((5, 2)), segment_ids=jnp.ones((2, 5), int)),
-        r"if x is time-major, use axis=0 \(segment_ids stays batch-major\)",
+        r"lies like x.*sizes \(5, 2\); transpose it, or use axis=0",
     ),
     (
-        lambda: bidirectional(jnp.sin, jnp.cos)(jnp.ones((5, 2, 1)), [3, 4]),
+        lambda: bidirectional(jnp.sin, jnp.cos, jnp.ones((5, 2, 1)), [3, 4]),
         "^bidirectional: .*if x is time-major, use axis=0",
     ),
     (
-        lambda: bidirectional(lambda x: {"a": x}, lambda x: (x,))(X, [1] * 3),
+        lambda: bidirectional(
+            *(lambda x: {"a": x[..., None]}, lambda x: (x[..., None],)), X, [1] * 3
+        ),
         "structure",
     ),
     # One segment axis for the whole batch.
     (lambda: seg(jnp.ones((3, 9)), jnp.ones(3, int)), "axis=0"),
-    (lambda: seg(X, cu_seqlens=jnp.arange(4)), "axis=0"),
     # Rank and shape.
     (lambda: seq(np.float32(1), 1), r"x has rank 0.*at least 1 axis.*x\[None\]"),
     (lambda: seq(jnp.ones(()), 1), r"x has rank 0 \(shape \(\)\)"),
@@ -142,7 +145,7 @@ VALUE_ERRORS = (
     (lambda: order(X, [[1], [1]]), r"\(3,\).*lengths has \(2,\)"),
     (
         lambda: seg(X, segment_ids=[[0] * 5] * 3),
-        r"segment_ids has shape \(3, 5\) and x .* \(3, 4\).*axis 1 of x has size 4",
+        r"segment_ids has shape \(3, 5\) and x .* \(3, 4\).*lies like x.*\(3, 4\)",
     ),
     (
         lambda: seg(X, cu_seqlens=np.zeros((3, 0), int)),
@@ -166,8 +169,8 @@ VALUE_ERRORS = (
         r"batch_axis \(1, 1\) and axis 2 must name different",
     ),
     # One encoding.
-    (lambda: seg(X), r"got none of lengths, segment_ids, cu_seqlens.*exactly one"),
-    (lambda: seg(X, [[4]] * 3, cu_seqlens=[0]), r"got lengths and cu_seqlens of"),
+    (lambda: seg(X), r"got none; .*exactly one of lengths, segment_ids, cu_seqlens, starts"),
+    (lambda: seg(X, [[4]] * 3, cu_seqlens=[0]), r"got both lengths and cu_seqlens; "),
     (lambda: seg(X, [[4]] * 3, padding_id=7), r"padding_id is 7.*by lengths"),
     (
         lambda: seg(X, segment_ids=jnp.zeros((3, 4), jnp.int8), padding_id=200),
@@ -212,8 +215,7 @@ HOST_VALUES = (
     ),
     (lambda x: seq(x, (4, 4, -1)), r"lengths\[2\] is -1, .*between 0 and 4"),
     (lambda x: seq(x, np.array([0, 0, 200], np.uint8)), r"lengths\[2\] is 200"),
-    (lambda x: seq(x, [0, 2**70, 0]), r"lengths\[1\] is 1180591620717411303424.*4"),
-    (lambda x: seq(x, [2**64 - 1, 0, 0]), r"lengths\[0\] is 18446744073709551615"),
+    (lambda x: seq(x, [2**63] * 3), r"lengths\[0\] is 9223372036854775808"),
     (lambda x: seq(x[0], 5), r"lengths is 5, but must lie between 0 and 4"),
     (lambda x: seq(x[0], np.int8(-1)), r"lengths is -1"),
     (lambda x: seq(x[:, :0], [0, 1, 0]), r"lengths\[1\] is 1, .*between 0 and 0"),

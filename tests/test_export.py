@@ -36,15 +36,16 @@ SEGMENTS = {
     "packed": ("b, k", SUMS),
     "ids": ("b, t", SHAPES),
     "offsets": ("b, k + 1", SUMS),
+    "starts": ("b, t", SHAPES),
 }
 
 
-def exported(f, *shapes):
-    """Exports `f` for symbolic shapes: of a float array, and of integers after it."""
+def exported(f, *shapes, dtype=jnp.int32):
+    """Exports `f` for symbolic shapes: of a float array, and of `dtype` after it."""
     scope = export.SymbolicScope()
     shapes = [export.symbolic_shape(shape, scope=scope) for shape in shapes]
     specs = [
-        jax.ShapeDtypeStruct(shape, jnp.int32 if i else jnp.float32)
+        jax.ShapeDtypeStruct(shape, dtype if i else jnp.float32)
         for i, shape in enumerate(shapes)
     ]
     return export.export(jax.jit(f), platforms=PLATFORMS)(*specs)
@@ -58,7 +59,8 @@ def custom_calls(artifact):
 def test_every_size_symbolic(case):
     """Fails on a size baked in, a call that another platform lacks, no gradient."""
     segments, calls = SEGMENTS[case.layout]
-    artifact = exported(case.call, "b, t, d", segments)
+    dtype = case.segments().dtype
+    artifact = exported(case.call, "b, t, d", segments, dtype=dtype)
     assert artifact.platforms == PLATFORMS
     assert custom_calls(artifact) == custom_calls(artifact.vjp()) == calls
     twice = case.layout in ("padded", "packed")  # The others have the same rules.
@@ -81,6 +83,7 @@ def test_every_size_symbolic(case):
 
 # More steps, or more segments of them: T is then 280, past one word of 32 positions.
 REPEATS = {"padded": (1, 0), "packed": (1, 0), "ids": (40, 1), "offsets": (1, 0)}
+REPEATS["starts"] = (40, 1)
 
 
 @pytest.mark.parametrize("case", SMALL[:3], ids=lambda case: case.layout)

@@ -11,12 +11,11 @@ import jax.numpy as jnp
 import pytest
 
 from jax_revseg import reverse_segment_order, reverse_segments, reverse_sequence
-from tests.cases import DTYPES, Case, bit_width
+from tests.cases import DTYPES, LAYOUTS, Case, bit_width
 
 # Far larger than its segments: what has its size is a copy of it.
 LARGE = tuple(
-    Case(layout, (4, 8, 64), layout=layout, padding_id=0)
-    for layout in ("padded", "packed", "ids", "offsets")
+    Case(layout, (4, 8, 64), layout=layout, padding_id=0) for layout in LAYOUTS
 )
 by_name = functools.partial(pytest.mark.parametrize, ids=lambda case: case.name)
 
@@ -175,6 +174,16 @@ def test_index_memory(case):
     memory = jax.jit(case.call).lower(x, segments).compile().memory_analysis()
     index = 4 * math.prod(x.shape[:2])
     assert memory.temp_size_in_bytes < 4 * index + 1024
+
+
+@by_name("case", SMALL)
+def test_traces_once(case):
+    """Fails if other values of the segments compile everything again."""
+    x, segments = jnp.asarray(case.x()), jnp.asarray(case.segments())
+    chex.clear_trace_counter()
+    run = jax.jit(chex.assert_max_traces(lambda x, s: case.call(x, s), n=1))
+    for other in (segments, segments[::-1], jnp.zeros_like(segments)):
+        run(x, other)
 
 
 def test_eager_calls_compile_once(caplog):
