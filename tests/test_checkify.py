@@ -14,6 +14,7 @@ from jax.sharding import PartitionSpec as P
 
 from jax_revseg import (
     associative_scan_segments,
+    bidirectional,
     bidirectional_scan,
     pack_segments,
     reverse_segment_order,
@@ -228,6 +229,35 @@ def test_decreasing_unsigned_offsets(dtype):
     """Fails on an unsigned difference, which cannot be negative."""
     offsets = jnp.array([0, 5, 2], dtype)
     assert "cu_seqlens decrease" in error_of(by_offsets, X[0], offsets)
+
+
+NAMED = {
+    reverse_sequence: reverse_sequence,
+    reverse_segments: by_offsets,
+    reverse_segment_order: lambda x, n: reverse_segment_order(x, n)[0],
+    pack_segments: lambda x, n: pack_segments(x[0], n[0], max_length=2),
+    unpack_segments: lambda x, n: unpack_segments(x[:2], n[0], total_length=7),
+    scan_segments: lambda x, n: scan_segments(
+        step, jnp.zeros(4), x, cu_seqlens=n, chunk=2
+    ),
+    bidirectional_scan: both_ways,
+    associative_scan_segments: lambda x, n: associative_scan_segments(
+        jnp.add, x, cu_seqlens=n
+    ),
+    bidirectional: lambda x, n: bidirectional(jnp.sin, jnp.sin, x[..., None], n),
+}
+
+
+def test_names_the_function():
+    """Fails if the message names another function than the user called."""
+    n, packed = jnp.array([3, 9, 0, 1]), jnp.array([[0, 9], [0, 1], [0, 1], [0, 1]])
+    single = (reverse_sequence, bidirectional_scan, bidirectional)
+    checks = {f: checkify.checkify(call) for f, call in NAMED.items()}
+    run = jax.jit(
+        lambda: [c(X, n if f in single else packed)[0] for f, c in checks.items()]
+    )
+    for f, error in zip(NAMED, run(), strict=True):
+        assert re.match(rf"{f.__name__}: lengths\[.*\] is \d+", error.get() or "")
 
 
 def test_only_where_asked_for():

@@ -51,7 +51,10 @@ TYPE_ERRORS = (
     (lambda: seq(X, "abc"), r"lengths is 'abc' of type str.*integers"),
     (lambda: seq(X, [1, None, 2]), r"lengths is \[1, None, 2\] of type list"),
     (lambda: seq(X, [0, 2**70, 0]), r"lengths is .*; give .*64 bits at most"),
-    (lambda: seq(X, np.array([1, 2, 3], object)), r"lengths is .*dtype=object.*64 bits"),
+    (
+        lambda: seq(X, np.array([1, 2, 3], object)),
+        r"lengths is .*dtype=object.*64 bits",
+    ),
     (lambda: seg(X, segment_ids=X), r"segment_ids has dtype float32.*integers"),
     (lambda: seg(X, cu_seqlens=[0.0]), r"cu_seqlens has dtype float64.*integers"),
     (lambda: order(X, [[1.0]] * 3), r"lengths has dtype float64.*integers"),
@@ -169,7 +172,10 @@ VALUE_ERRORS = (
         r"batch_axis \(1, 1\) and axis 2 must name different",
     ),
     # One encoding.
-    (lambda: seg(X), r"got none; .*exactly one of lengths, segment_ids, cu_seqlens, starts"),
+    (
+        lambda: seg(X),
+        r"got none; .*exactly one of lengths, segment_ids, cu_seqlens, starts",
+    ),
     (lambda: seg(X, [[4]] * 3, cu_seqlens=[0]), r"got both lengths and cu_seqlens; "),
     (lambda: seg(X, [[4]] * 3, padding_id=7), r"padding_id is 7.*by lengths"),
     (
