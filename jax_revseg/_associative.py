@@ -25,6 +25,7 @@ from jax_revseg._layout import Layout
 from jax_revseg._lowering import align
 from jax_revseg._steps import (
     first_steps,
+    first_valid,
     masks,
     resets,
     select,
@@ -37,6 +38,8 @@ def combine_rows(fn, elems, carry_in, segments, *, call, layout, reverse):
     """The program of `associative_scan_segments`."""
     axis, batch_axes = layout.axis, layout.batch_axes
     size = jax.tree.leaves(elems)[0].shape[axis]
+    if size == 0:
+        return elems
     rows, rank = range(len(batch_axes)), max(axis, *batch_axes, 0) + 1
     valid, starts = masks(call, segments, size, layout)
     elems, carry_in, (valid, starts) = alike(
@@ -44,10 +47,14 @@ def combine_rows(fn, elems, carry_in, segments, *, call, layout, reverse):
     )
     if starts is None:
         starts = first_steps(call, None, valid, False) | ~valid
-    combine = partial(_combine, call, fn)
+    first = None
+    if valid is not None:
+        step = partial(first_valid, valid=valid, reverse=reverse, layout=layout)
+        first = jax.tree.map(step, elems)
+    combine = partial(_combine, call, fn, first)
     if carry_in is not None:
-        first = first_steps(call, valid, starts, reverse)
-        elems = _enter(combine, elems, carry_in, first, layout)
+        entered = first_steps(call, valid, starts, reverse)
+        elems = _enter(combine, elems, carry_in, entered, layout)
     starts = resets(call, valid, starts, reverse)
     if call.axis_name is None:
         # The first step is a start. Say so by a pad, which XLA:CPU writes to memory: it
@@ -57,16 +64,19 @@ def combine_rows(fn, elems, carry_in, segments, *, call, layout, reverse):
     pairs = lax.associative_scan(combine, (starts, elems), reverse=reverse, axis=axis)
     if call.axis_name is not None:
         pairs = combine(_before(call, combine, pairs, reverse, axis), pairs)
-    if valid is None:
-        return pairs[1]
-    return zero_padding(pairs[1], align(valid, rank, layout))
+    return (
+        pairs[1]
+        if valid is None
+        else zero_padding(pairs[1], align(valid, rank, layout))
+    )
 
 
-def _combine(call: Call, fn: Any, a: Any, b: Any) -> Any:
+def _combine(call: Call, fn: Any, first: Any, a: Any, b: Any) -> Any:
     (starts_a, a), (starts_b, b) = a, b
-    # Where a belongs to another segment, fn gets b twice, as a constant: neither an
-    # infinity in a nor one in b can then give NaN gradients.
-    constant = lax.stop_gradient(b)
+    # Where a belongs to another segment, fn gets a constant twice: neither an infinity
+    # in a nor one in b can then give NaN gradients. It is b, or where there is padding
+    # the first valid step of the row.
+    constant = lax.stop_gradient(b) if first is None else first
     out = fn(select(starts_b, constant, a), select(starts_b, constant, b))
     if not same_types(out, b):
         call.fail(

@@ -18,6 +18,7 @@ from jax_revseg._carry import alike, check_callable
 from jax_revseg._layout import Layout
 from jax_revseg._linear import compiled
 from jax_revseg._lowering import align
+from jax_revseg._primitive import merged_spec
 from jax_revseg._segments import parse_arrays
 from jax_revseg._steps import fill_padding, masks
 
@@ -138,6 +139,9 @@ def bidirectional(
     rows = range(len(layout.batch_axes))
     x, _ = alike(call, (x, layout.batch_axes), (segments, rows))
     shape = jax.tree.leaves(x)[0].shape
+    if axis_name is None:
+        for leaf in jax.tree.leaves(x):
+            merged_spec(jax.typeof(leaf), jax.typeof(segments), layout)
     back = None
     if layout.kind in ("padded", "mask"):
         fill = partial(_fill, call=call, layout=layout)
@@ -208,7 +212,8 @@ def _to_front(call: Call, x: Any, mask: Any, layout: Layout) -> Any:
 def _orders(mask):
     """Which step comes to each position at the front, and where each step went."""
     rank = lax.cumsum(mask.astype(jnp.int32), mask.ndim - 1)
-    return jnp.argsort(~mask, -1), jnp.maximum(rank - 1, 0), rank[..., -1]
+    count = jnp.sum(mask, -1, dtype=jnp.int32)
+    return jnp.argsort(~mask, -1), jnp.maximum(rank - 1, 0), count
 
 
 @compiled

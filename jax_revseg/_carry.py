@@ -49,6 +49,11 @@ def check_batch(call: Call, name: str, array: Any, batch: tuple[int, ...]) -> No
         )
 
 
+def types_of(tree: Any) -> Any:
+    """Returns shapes and dtypes, such as `float32[3,2]`, without shardings."""
+    return jax.tree.map(lambda x: f"{x.dtype}[{','.join(map(str, x.shape))}]", tree)
+
+
 def describe(tree: Any) -> Any:
     """Returns the types of a pytree, such as `float32[3,2]`."""
 
@@ -114,11 +119,7 @@ def check_callable(call: Call, name: str, value: Any, remedy: str = "") -> None:
 
 def check_carry_in(call: Call, carry_in: Any, name: str, like: Any) -> None:
     """Raises unless `carry_in` has the structure, shapes and dtypes of `like`."""
-
-    def short(x: Any) -> str:
-        return f"{x.dtype}[{','.join(map(str, x.shape))}]"
-
-    got, want = (jax.tree.map(short, tree) for tree in (carry_in, like))
+    got, want = types_of(carry_in), types_of(like)
     if jax.tree.flatten(got) != jax.tree.flatten(want):
         a, b = ([x.shape for x in jax.tree.leaves(tree)] for tree in (carry_in, like))
         call.fail(
@@ -134,40 +135,26 @@ def check_unroll(call: Call, unroll: Any) -> None:
         call.fail(f"unroll is {unroll}; use 1 or more, or 0 or True for all steps.")
 
 
-def as_pair(call: Call, name: str, pair: Any) -> tuple[Any, Any]:
+def check_pair(call: Call, name: str, pair: Any, batch: Any = ()) -> list[Any]:
+    """Returns the pair (forward, backward) as arrays of equal shapes and dtypes."""
     if not isinstance(pair, (tuple, list)) or len(pair) != 2:
         call.fail(
             f"{name} must be a pair (forward, backward), but is a {_kind(pair)}.",
             TypeError,
         )
-    return pair[0], pair[1]
+    pair = [carry_arrays(call, f"{name}[{i}]", pair[i], batch) for i in (0, 1)]
+    forward, backward = types_of(pair[0]), types_of(pair[1])
+    if jax.tree.flatten(forward) != jax.tree.flatten(backward):
+        call.fail(
+            f"{name} is {forward} forward and {backward} backward; one loop needs them "
+            "equal in structure, shapes and dtypes: use scan_segments twice."
+        )
+    return pair
 
 
 def _kind(value: Any) -> str:
     size = f" of {len(value)}" if isinstance(value, (tuple, list)) else ""
     return f"{type(value).__name__}{size}"
-
-
-def stack_pair(call: Call, name: str, pair: Any) -> Any:
-    """One tree of both directions, with an axis of 2 in front."""
-    forward, backward = map(jax.tree.structure, pair)
-    if forward != backward:
-        call.fail(
-            f"{name} has the structure {forward} forward and {backward} backward; one "
-            "loop needs them equal: use scan_segments twice for two models that differ."
-        )
-
-    def leaf(path: Any, a: Any, b: Any) -> jax.Array:
-        at = f"{name}{keystr(path)}"
-        a, b = leaf_array(call, at, a), leaf_array(call, at, b)
-        if (a.shape, a.dtype) != (b.shape, b.dtype):
-            call.fail(
-                f"{at} is {a.dtype}{a.shape} forward and {b.dtype}{b.shape} backward; "
-                "one loop needs them equal: use scan_segments twice for two models."
-            )
-        return jnp.stack([a, b])
-
-    return tree_map_with_path(leaf, *pair)
 
 
 def alike(call: Call, *trees: tuple[Any, Sequence[int]]) -> list[Any]:

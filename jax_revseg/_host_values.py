@@ -54,7 +54,10 @@ class HostValues(NamedTuple):
         # A symbolic size is known only in the program.
         static = isinstance(size, int)
         bad = (values < 0) | (values > size) if static else values < 0
-        self._raise_at(bad, f"must lie between 0 and {self._limit}; clip or correct it")
+        remedy = "clip or correct it"
+        if not values.ndim and len(self.x_shape) > 1:
+            remedy += ", or give one length for each row"
+        self._raise_at(bad, f"must lie between 0 and {self._limit}; {remedy}")
         if self.layout.kind == "packed" and static:
             sums = np.asarray(values.astype(np.int64).sum(-1))
             remedy = "correct them (for one length a row use reverse_sequence)"

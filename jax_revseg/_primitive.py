@@ -40,7 +40,8 @@ def _exchange(name, layout):
             "forward, backward, ",
         )
     given = given if given in ("segment_ids", "cu_seqlens", "starts") else "lengths"
-    return f"""
+    return f""", or exchange blocks with axis_name={name!r}:
+
     def f(x, {given}):
         return {layout.function}({layers}x, {given}={given}, axis_name={name!r})
     mesh, specs = jax.typeof(x).sharding.mesh, (jax.P(...), jax.P(...))
@@ -48,15 +49,15 @@ def _exchange(name, layout):
 """
 
 
-def _merged_spec(x, segments, layout):
+def merged_spec(x, segments, layout):
     """Merges both operands' shardings, as a binary operation does."""
     spec = list(x.sharding.spec)
     name = spec[layout.axis]
     if name is not None:
         raise ValueError(
             f"{layout.function}: axis {layout.axis} of x, the segment axis, is sharded "
-            f"over mesh axis {name!r}. Replicate that axis with jax.sharding.reshard, "
-            f"or exchange blocks with axis_name={name!r}:\n{_exchange(name, layout)}"
+            f"over mesh axis {name!r}. Replicate that axis with jax.sharding.reshard"
+            + ("." if layout.kind == "mask" else _exchange(name, layout))
         )
     for i, name in enumerate(segments.sharding.spec):
         if name is None:
@@ -79,7 +80,7 @@ def _merged_spec(x, segments, layout):
 
 
 def _reverse_segments_abstract_eval(x, segments, *, layout):
-    spec = _merged_spec(x, segments, layout)
+    spec = merged_spec(x, segments, layout)
     if spec == tuple(x.sharding.spec):
         return x.update()
     mesh = (segments if x.sharding.mesh.empty else x).sharding.mesh

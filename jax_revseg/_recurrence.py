@@ -21,6 +21,7 @@ from jax_revseg._arguments import Call
 from jax_revseg._carry import alike, check_step
 from jax_revseg._layout import Layout
 from jax_revseg._steps import (
+    fill_padding,
     first_steps,
     first_valid,
     lend,
@@ -44,20 +45,20 @@ class _Loop(NamedTuple):
 
 
 def _prepare(
+    call: Call,
+    layout: Layout,
     init: Any,
     carry_in: Any,
     xs: Any,
-    segments: Any,
-    call: Call,
-    layout: Layout,
+    valid: Any,
+    starts: Any,
     reverse: bool,
     chunk: int | None = None,
 ) -> _Loop:
-    """Finds valid steps and starts, fills the padding, and puts time in front."""
+    """Says what `f` gets at starts and at padding, and puts time in front."""
     axis, batch_axes = layout.axis, layout.batch_axes
     batch, size = _sizes(xs, layout)
     rows, over_time = range(len(batch)), len(batch)
-    valid, starts = masks(call, segments, size, layout) if size != 0 else (None, None)
     if chunk and size % chunk:  # More padding, for chunks of one size.
         valid = jnp.ones((*batch, size), bool) if valid is None else valid
         grow = partial(_grow, multiple=chunk)
@@ -80,6 +81,8 @@ def _prepare(
             init, padding = padding, None
         take = partial(first_valid, valid=valid, reverse=reverse, layout=layout)
         first = jax.tree.map(lambda x: jnp.squeeze(take(x), axis), xs)
+        if chunk:  # The gradient saves xs, where `jax.debug_nans` must find no NaN.
+            xs = jax.tree.map(lambda x: fill_padding(x, valid, layout), xs)
     xs = jax.tree.map(lambda x: jnp.moveaxis(x, axis, 0), xs)
     valid, starts = jax.tree.map(lambda m: jnp.moveaxis(m, -1, 0), (valid, starts))
     return _Loop(carry, init, padding, first, xs, valid, starts)
@@ -90,9 +93,14 @@ def _grow(x: jax.Array, axis: int, multiple: int) -> jax.Array:
     return lax.concatenate([x, lax.full_like(x, 0, shape=shape)], axis)
 
 
-# Without the checkpoints the loop would save each mask as large as what it selects.
-_select = jax.checkpoint(select, prevent_cse=False)
-_zero_padding = jax.checkpoint(zero_padding, prevent_cse=False)
+def _saving_little(fun: Any, *operands: Any) -> Any:
+    # Otherwise the loop would save each mask as large as what it selects. The lambda is
+    # new: `jax.checkpoint` keeps what it traces, as `jax.jit` does (see `compiled`).
+    return jax.checkpoint(lambda *args: fun(*args), prevent_cse=False)(*operands)
+
+
+_select = partial(_saving_little, select)
+_zero_padding = partial(_saving_little, zero_padding)
 
 
 def _run_loop(step: Any, loop: _Loop, *, reverse=False, unroll=1, chunk=None) -> Any:
@@ -119,19 +127,22 @@ def _run_loop(step: Any, loop: _Loop, *, reverse=False, unroll=1, chunk=None) ->
             return scan(carry, *operands)
         return _compat.run_if(some, scan, carry, *operands)
 
-    inputs = jax.tree.map(lambda x: x.reshape(-1, chunk, *x.shape[1:]), inputs)
+    count = jax.tree.leaves(inputs)[0].shape[0] // chunk
+    cut = (count, chunk)
+    inputs = jax.tree.map(lambda x: x.reshape(*cut, *x.shape[1:]), inputs)
     some = inputs[1]
     if some is not None:  # `f` may have collectives: all devices must decide alike.
         some = _compat.any_device(some.any(range(1, some.ndim)))
     scan_chunk = jax.checkpoint(scan_chunk, prevent_cse=False)
     carry, ys = lax.scan(scan_chunk, loop.carry, (some, inputs), reverse=reverse)
-    return carry, jax.tree.map(lambda y: y.reshape(-1, *y.shape[2:]), ys)
+    return carry, jax.tree.map(lambda y: y.reshape(count * chunk, *y.shape[2:]), ys)
 
 
 def scan_rows(f, init, carry_in, xs, segments, *, call, layout, reverse, unroll, chunk):
     """The program of `scan_segments`."""
     batch, size = _sizes(xs, layout)
-    loop = _prepare(init, carry_in, xs, segments, call, layout, reverse, chunk)
+    steps = _masks(call, segments, size, layout)
+    loop = _prepare(call, layout, init, carry_in, xs, *steps, reverse, chunk)
     step = check_step(call, f, batch)
     carry, ys = _run_loop(step, loop, reverse=reverse, unroll=unroll, chunk=chunk)
     ys = jax.tree.map(lambda y: y[:size], ys) if chunk else ys
@@ -140,9 +151,10 @@ def scan_rows(f, init, carry_in, xs, segments, *, call, layout, reverse, unroll,
 
 def scan_both_ways(f, params, inits, xs, segments, *, call, layout, unroll):
     """The program of `bidirectional_scan`."""
-    batch, _ = _sizes(xs, layout)
+    batch, size = _sizes(xs, layout)
+    steps = _masks(call, segments, size, layout)
     ways = [
-        _prepare(init, None, xs, segments, call, layout, reverse)
+        _prepare(call, layout, init, None, xs, *steps, reverse)
         for init, reverse in zip(inits, (False, True), strict=True)
     ]
     # From the end to the start, so that one loop can step through both directions.
@@ -160,11 +172,16 @@ def scan_both_ways(f, params, inits, xs, segments, *, call, layout, unroll):
 
     # vmap turns a loop over one direction into one loop over both.
     mapped = jax.vmap(one_way, (0, axes), (0, 1))
+    params = jax.tree.map(lambda a, b: jnp.stack([a, b]), *params)
     carries, ys = mapped(params, _Loop(*stacked))
     outputs = [_one_way(ys, i, 1) for i in (0, 1)]
     outputs[1] = jax.tree.map(_flip, outputs[1])
     outputs = [_outputs(call, ys, layout.axis) for ys in outputs]
     return (_one_way(carries, 0), _one_way(carries, 1)), (outputs[0], outputs[1])
+
+
+def _masks(call: Call, segments: Any, size: Any, layout: Layout) -> tuple[Any, Any]:
+    return masks(call, segments, size, layout) if size != 0 else (None, None)
 
 
 def _sizes(xs: Any, layout: Layout) -> tuple[tuple[Any, ...], Any]:

@@ -11,12 +11,11 @@ import jax
 from jax_revseg._arguments import AxisName, Call, Integers
 from jax_revseg._associative import combine_rows
 from jax_revseg._carry import (
-    as_pair,
     carry_arrays,
     check_callable,
     check_carry_in,
+    check_pair,
     check_unroll,
-    stack_pair,
 )
 from jax_revseg._layout import Layout
 from jax_revseg._programs import run
@@ -229,10 +228,8 @@ def bidirectional_scan(
     encodings = dict(lengths=lengths, segment_ids=segment_ids, cu_seqlens=cu_seqlens)
     encodings.update(starts=starts, mask=mask, padding_id=padding_id)
     xs, segments, layout = parse_steps(call, "xs", xs, axis, **encodings)
-    params, inits = as_pair(call, "params", params), as_pair(call, "init", init)
-    batch = _batch(xs, layout)
-    inits = [carry_arrays(call, f"init[{i}]", inits[i], batch) for i in (0, 1)]
-    params = stack_pair(call, "params", params)
+    params = check_pair(call, "params", params)
+    inits = check_pair(call, "init", init, _batch(xs, layout))
     static = dict(call=call, layout=layout, unroll=unroll)
     return run(scan_both_ways, f, params, inits, xs, segments, **static)
 

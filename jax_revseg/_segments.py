@@ -43,6 +43,8 @@ def parse_arrays(
     leaves, treedef = tree_flatten_with_path(tree)
     if not leaves:
         call.fail(f"{name} is {tree!r}, a pytree without an array; give at least 1.")
+    if type(tree).__name__ == "PackedSequence":  # PyTorch's, a named tuple.
+        call._replace(x_name=name).array(tree)
     encoding, kind, values, *axes = _parse(call, axis, batch_axis, **more)
     arrays, found = [], {}
     for path, leaf in leaves:
@@ -211,9 +213,10 @@ class _Shapes(NamedTuple):
 
     def _other_rank(self, batch_rank: int, axis: int, batch_axes: Any) -> str:
         remedy = "give one entry for each row, or name the axes with axis"
-        if self.call.reverses:
-            remedy += " and batch_axis"
-        elif len(self.x_shape) <= batch_rank:
+        remedy += " and batch_axis" * self.call.reverses
+        if self.name == "lengths" and len(self.shape) > len(self.x_shape):
+            remedy += f", or swap {self.call.x_name} and lengths"
+        elif not self.call.reverses and len(self.shape) < 2 + (self.kind != "padded"):
             remedy = (
                 f"give {self.call.x_name} the batch axes, with jax.numpy.broadcast_to "
                 "if all rows are equal"

@@ -8,7 +8,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.sharding import NamedSharding, PartitionSpec
 from jax.tree_util import keystr, tree_leaves_with_path as leaves_of
 
 from jax_revseg import _compat
@@ -75,24 +74,15 @@ def _checked(ends: jax.Array, segments: Any, size: Any, layout: Layout) -> jax.A
     return ends + lax.expand_dims(zero, range(zero.ndim, ends.ndim))
 
 
-def _marks(starts: jax.Array, ends: jax.Array, size: Any) -> jax.Array:
-    """Whether a non-empty segment starts at each position; others are dropped."""
-    last = starts.ndim - 1
-    rows = tuple(range(last))
-    counts = lax.scatter_add(
-        jnp.zeros((*starts.shape[:-1], size), jnp.int32),
-        starts[..., None],
-        (starts < ends).astype(jnp.int32),
-        lax.ScatterDimensionNumbers(
-            update_window_dims=(),
-            inserted_window_dims=(last,),
-            scatter_dims_to_operand_dims=(last,),
-            operand_batching_dims=rows,
-            scatter_indices_batching_dims=rows,
-        ),
-        mode="drop",
-    )
-    return counts > 0
+def _packed_starts(ends: jax.Array, t: jax.Array, start: Any, layout: Layout) -> Any:
+    """Whether a packed segment starts at each position of a block from `start` on."""
+    begins, last = starts_of(ends), t.ndim - 1
+    inside = jnp.clip(ends - start, 0, t.shape[-1])
+    layout = layout._replace(axis=last, batch_axes=tuple(range(last)))
+    # The source of a step plus the step is start + end - 1: one number a segment.
+    keys = t + bind(t, inside - starts_of(inside), layout)
+    first = ((begins == start) & (begins < ends)).any(-1, keepdims=True)
+    return ((keys != shift(keys, 1)) & (t != start)) | (first & (t == start))
 
 
 def masks(
@@ -120,15 +110,8 @@ def masks(
         end = _checked(clip_lengths(segments, total), segments, total, layout)
         return t < end[..., None], None
     ends = _checked(packed_ends(segments, total), segments, total, layout)
-
-    def mark(ends, start):
-        return _marks(starts_of(ends) - start, ends - start, size)
-
-    spec = jax.typeof(segments).sharding
-    rows = NamedSharding(spec.mesh, PartitionSpec(*spec.spec[:-1], None))
-    starts = _compat.automatic(mark, rows)(ends, start)
     valid = t < last_end(ends)[..., None]
-    return valid, starts | ~valid
+    return valid, _packed_starts(ends, t, start, layout) | ~valid
 
 
 def resets(call: Call, valid: Any, starts: Any, reverse: bool) -> jax.Array:
