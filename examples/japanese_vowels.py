@@ -21,7 +21,7 @@ from tqdm import tqdm
 from jax_revseg import bidirectional
 
 HIDDEN = 32
-# Without a forecast: the first update compiles, and would count as any other.
+# No forecast: the first update compiles, and would count like any other.
 BAR = "{l_bar}{bar}| {n_fmt}/{total_fmt} [{elapsed}]"
 PADDED_TO = [LONGEST, 32, 36, 40, 50, 60, 100, 200]
 
@@ -132,8 +132,7 @@ def main():
     updates, paddings = (3, PADDED_TO[::7]) if args.quick else (args.updates, PADDED_TO)
     training, test = jax.tree.map(jnp.asarray, load(args.data))
     found = {name: [] for name in MODELS}
-    total = len(MODELS) * (updates + len(paddings))
-    with tqdm(total=total, bar_format=BAR) as bar:
+    with tqdm(total=len(MODELS) * (updates + len(paddings)), bar_format=BAR) as bar:
         for name, model in MODELS.items():
             bar.set_description(name)
             params = train(model, training, args.seeds, updates, bar)
