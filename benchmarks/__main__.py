@@ -25,9 +25,17 @@ from tests.cases import BENCHMARKS, Case
 
 SMALL, LARGE, LONG = (32, 128, 32, 64), (32, 64, 64, 256), (8, 512, 32, 64)
 RECURRENCES = (
-    *(("scan", "GRU", SMALL), ("scan", "GRU", LARGE)),
-    *(("scan", "linear", (64, 1024, 64, 64)),),
-    *(("associative", (256, 2048, 1)), ("associative", (8, 2048, 64))),
+    *(("scan", "GRU", shape) for shape in (SMALL, LARGE)),
+    *(("scan", "packed GRU", SMALL),),
+    *(("scan", kind, (64, 1024, 64, 64)) for kind in ("linear", "packed linear")),
+    *(("scan", kind, (256, 1024, 1)) for kind in ("returns", "packed returns")),
+    *(
+        ("chunk", part, shape)
+        for shape in ((64, 512, 64, 128), (32, 256, 64, 256))
+        for part in ("all", "half", "quarter")
+    ),
+    *(("associative", rows, (256, 2048, 1)) for rows in ("padded", "packed")),
+    *(("associative", "packed", (8, 2048, 64)),),
     *(
         ("bidirectional", cell, shape)
         for cell in ("GRU", "LSTM")
@@ -49,11 +57,11 @@ def all_rows(quick: bool = False) -> dict[str, Callable[[Options], Row]]:
         case.name: partial(measure_case, cut(case)) for case in BENCHMARKS
     }
     rows["calls"] = measure_calls
-    for group, *kind, shape in RECURRENCES:
-        name = " ".join([group, *kind, "x".join(map(str, shape))])
+    for group, kind, shape in RECURRENCES:
+        name = " ".join([group, kind, "x".join(map(str, shape))])
         function = getattr(recurrences, f"measure_{group}")
         shape = (4, 16, 8, 8)[: len(shape)] if quick else shape
-        rows[name] = partial(function, *kind, shape)
+        rows[name] = partial(function, kind, shape)
     return rows
 
 
@@ -64,6 +72,8 @@ def show(name: str, row: Row) -> None:
         what = f"{t['name']}, {t['output']}, {t['direction']}"
         ratios = [f"{report.ratio(t, base):>15} {base}" for base in t["to"]]
         print(f"  {what:46}{1e3 * t['seconds']:9.4g} ms", *ratios)
+    for way, size in row.get("gradient_bytes", {}).items():
+        print(f"  {way + ', temporary memory of the gradient':65}{size / 1e6:9.4g} MB")
     for peer, why in row.get("absent", {}).items():
         print(f"  {peer}: {why}")
 

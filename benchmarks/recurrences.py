@@ -2,20 +2,21 @@
 
 Each way is timed forward, and as the gradient of a weighted sum of its outputs with
 respect to parameters and inputs. The weights are zero at padding, so ways that agree at
-valid steps have the same gradient.
+valid steps have the same gradient. The segments are operands: XLA evaluates constants
+before it runs.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import lax
 
+from benchmarks.cells import Layer, Shape, layer, ragged, random
 from benchmarks.timing import Contender, Options, Row, gather, measure, repeat
 from jax_revseg import (
     associative_scan_segments,
@@ -26,72 +27,27 @@ from jax_revseg import (
 )
 
 SCAN, ASSOCIATIVE, TWO_SCANS = "lax.scan", "lax.associative_scan", "two scan_segments"
+CHUNK = "chunk"
 
-Shape = tuple[int, ...]  # N, T, D, and H where there is a cell.
 Way = Callable[..., jax.Array]  # Of parameters, x and the segments.
 
 
-def gru(params: Any, h: jax.Array, x: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """The step of PyTorch and Flax."""
-    xr, xz, xn = jnp.split(x @ params["x"] + params["b"], 3, -1)
-    hr, hz, hn = jnp.split(h @ params["h"], 3, -1)
-    z = jax.nn.sigmoid(xz + hz)
-    n = jnp.tanh(xn + jax.nn.sigmoid(xr + hr) * (hn + params["n"]))
-    h = (1 - z) * n + z * h
-    return h, h
+def by_encoding(function: str, rows: str, call: Way) -> dict[str, Way]:
+    """One way for each encoding that says these rows; `call` takes it by keyword."""
+    names = {"lengths": "", "segment_ids": ", ids", "starts": ", starts"}
+    del names["starts" if rows == "padded" else "lengths"]
+    more = {"segment_ids": {"padding_id": 0}} if rows == "padded" else {}
+
+    def way(name: str) -> Way:
+        return lambda params, x, segments: call(
+            params, x, **{name: segments[name]}, **more.get(name, {})
+        )
+
+    return {function + suffix: way(name) for name, suffix in names.items()}
 
 
-def lstm(params: Any, carry: Any, x: jax.Array) -> tuple[Any, jax.Array]:
-    h, c = carry
-    gates = x @ params["x"] + h @ params["h"] + params["b"]
-    i, f, g, o = jnp.split(gates, 4, -1)
-    c = jax.nn.sigmoid(f) * c + jax.nn.sigmoid(i) * jnp.tanh(g)
-    h = jax.nn.sigmoid(o) * jnp.tanh(c)
-    return (h, c), h
-
-
-def linear(params: Any, h: jax.Array, x: jax.Array) -> tuple[jax.Array, jax.Array]:
-    h = params["n"] * h + x
-    return h, h
-
-
-STEPS = {"GRU": gru, "LSTM": lstm, "linear": linear}
-
-
-def random(*shape: int, seed: int = 0) -> jax.Array:
-    rng = np.random.default_rng(seed)
-    return jnp.asarray(rng.normal(size=shape) / 8, jnp.float32)
-
-
-class Layer(NamedTuple):
-    """A cell with its parameters, and a ragged batch."""
-
-    step: Callable[[Any, Any, Any], tuple[Any, Any]]
-    params: tuple[Any, ...]  # One for each direction.
-    init: Any
-    x: jax.Array
-    lengths: jax.Array
-    valid: jax.Array  # (N, T)
-    weights: jax.Array  # Of the outputs.
-
-
-def layer(kind: str, shape: Shape, directions: int) -> Layer:
-    n, t, d, hidden = shape
-    gates = {"GRU": 3, "LSTM": 4, "linear": 1}[kind] * hidden
-    sizes = {"x": (d, gates), "h": (hidden, gates), "b": (gates,), "n": (hidden,)}
-    params = [{k: random(*s, seed=i) for k, s in sizes.items()} for i in (0, 1)]
-    zeros = jnp.zeros((n, hidden))
-    lengths = np.random.default_rng(1).integers(1, t + 1, n)
-    valid = np.arange(t) < lengths[:, None]
-    return Layer(
-        step=STEPS[kind],
-        params=tuple(params[:directions]),
-        init=(zeros, zeros) if kind == "LSTM" else zeros,
-        x=random(n, t, d),
-        lengths=jnp.asarray(lengths, jnp.int32),
-        valid=jnp.asarray(valid),
-        weights=random(n, t, directions * hidden, seed=2) * valid[..., None],
-    )
+def gradient(way: Way, weights: jax.Array) -> Way:
+    return jax.grad(lambda *operands: jnp.sum(way(*operands) * weights), (0, 1))
 
 
 def of_jax(
@@ -100,13 +56,9 @@ def of_jax(
     weights: Any,
     compared: str = "valid",
 ) -> Iterator[Contender]:
-    """Each way, forward and gradient; XLA would evaluate constants beforehand."""
+    """Each way, forward and gradient."""
     for name, way in ways.items():
-
-        def loss(*operands: Any, way: Way = way) -> jax.Array:
-            return jnp.sum(way(*operands) * weights)
-
-        functions = {"forward": way, "gradient": jax.grad(loss, (0, 1))}
+        functions = {"forward": way, "gradient": gradient(way, weights)}
         for direction, function in functions.items():
             call = partial(jax.jit(function), *operands)
             yield Contender(name, repeat(call), "new", direction, compared)
@@ -127,56 +79,97 @@ def check_alike(contenders: list[Contender], weights: jax.Array) -> None:
                 raise AssertionError(f"{c} computes something else")
 
 
-def run_scan(step: Any, init: Any, xs: Any) -> jax.Array:
-    """`lax.scan` of batch-major arrays."""
-    xs = jax.tree.map(lambda x: x.swapaxes(0, 1), xs)
-    return lax.scan(step, init, xs)[1].swapaxes(0, 1)
+def temporaries(ways: dict[str, Way], operands: Any, weights: Any) -> dict[str, int]:
+    """The temporary memory of each way's gradient, in bytes."""
+
+    def size(way: Way) -> int:
+        compiled = jax.jit(gradient(way, weights)).lower(*operands).compile()
+        memory: Any = compiled.memory_analysis()
+        return memory.temp_size_in_bytes
+
+    return {name: size(way) for name, way in ways.items()}
+
+
+def run_scan(step: Any, init: Any, xs: Any, axis: int = 1, reverse: bool = False):
+    """`lax.scan` along an axis."""
+    xs = jax.tree.map(lambda x: jnp.moveaxis(x, axis, 0), xs)
+    return jnp.moveaxis(lax.scan(step, init, xs, reverse=reverse)[1], 0, axis)
 
 
 def measure_scan(kind: str, shape: Shape, options: Options) -> Row:
-    """What raggedness costs: `lax.scan` takes padding for steps."""
-    step, params, init, x, lengths, valid, weights = layer(kind, shape, 1)
+    """What raggedness costs: `lax.scan` takes padding and starts for steps."""
+    cell, rows = kind.split()[-1], "packed" if "packed" in kind else "padded"
+    step, params, init, x, segments, weights, axis = layer(cell, shape, rows=rows)
+    reverse = cell == "returns"
 
-    def masked(params: Any, x: jax.Array, segments: Any) -> jax.Array:
+    def plain(params: Any, x: jax.Array, segments: Any) -> jax.Array:
+        return run_scan(partial(step, params), init, x, axis, reverse)
+
+    def by_hand(params: Any, x: jax.Array, segments: Any) -> jax.Array:
+        def choose(mask: jax.Array, a: Any, b: Any) -> Any:
+            return jax.tree.map(partial(jnp.where, mask), a, b)
+
         def body(carry: Any, inputs: Any) -> tuple[Any, Any]:
-            x, valid = inputs
+            x, marked = inputs
+            if rows == "packed":
+                return step(params, choose(marked, init, carry), x)
             new, y = step(params, carry, x)
-            held = jax.tree.map(lambda a, b: jnp.where(valid, a, b), new, carry)
-            return held, jnp.where(valid, y, 0)
+            return choose(marked, new, carry), choose(marked, y, jnp.zeros_like(y))
 
-        return run_scan(body, init, (x, segments["valid"][..., None]))
+        marks = "valid" if rows == "padded" else "ends" if reverse else "starts"
+        return run_scan(body, init, (x, segments[marks][..., None]), axis, reverse)
 
-    def ragged(params: Any, x: jax.Array, **encoding: Any) -> jax.Array:
-        return scan_segments(partial(step, params), init, x, **encoding)[1]
+    def ours(params: Any, x: jax.Array, **more: Any) -> jax.Array:
+        f = partial(step, params)
+        return scan_segments(f, init, x, axis=axis, reverse=reverse, **more)[1]
 
-    segments = dict(valid=valid, lengths=lengths, ids=valid.astype(jnp.int32))
+    operands = params[0], x, segments
+    base = {SCAN: plain}
+    ways = {"mask by hand": by_hand, **by_encoding("scan_segments", rows, ours)}
+    # From the end of a row, and over several segments, lax.scan gives other values.
+    compared = "none" if reverse or rows == "packed" else "valid"
+    own = [*of_jax(base, operands, weights, compared), *of_jax(ways, operands, weights)]
+    check_alike(own, weights)
+    memory = temporaries(base | ways, operands, weights)
+    row = measure(options, [SCAN], own)
+    return dict(group="scan", gradient_bytes=memory, **row)
+
+
+def measure_chunk(part: str, shape: Shape, options: Options) -> Row:
+    """What chunks save if the longest row takes a part of the padded size."""
+    size = shape[1]
+    longest = {"all": size, "half": size // 2, "quarter": size // 4}[part]
+    data = layer("GRU", shape, longest=longest)
+    step, params, init, x, segments, weights, _ = data
+
+    def way(chunk: int | None) -> Way:
+        def run(params: Any, x: jax.Array, segments: Any) -> jax.Array:
+            f, lengths = partial(step, params), segments["lengths"]
+            return scan_segments(f, init, x, lengths, chunk=chunk)[1]
+
+        return run
+
     ways: dict[str, Way] = {
         SCAN: lambda params, x, segments: run_scan(partial(step, params), init, x),
-        "mask by hand": masked,
-        "scan_segments": lambda params, x, segments: ragged(
-            params, x, lengths=segments["lengths"]
-        ),
-        "scan_segments, ids": lambda params, x, segments: ragged(
-            params, x, segment_ids=segments["ids"], padding_id=0
-        ),
+        "scan_segments": way(None),
+        CHUNK: way(size // 16),
     }
-    own = [*of_jax(ways, (params[0], x, segments), weights)]
+    operands = params[0], x, segments
+    own = [*of_jax(ways, operands, weights)]
     check_alike(own, weights)
-    return dict(group="scan", **measure(options, [SCAN], own))
+    found, absent = gather({"Flax NNX": _flax("GRU", data)}, lambda c: c.run(1))
+    memory = temporaries(ways, operands, weights)
+    row = measure(options, [SCAN], [*own, *found])
+    return dict(group="chunk", gradient_bytes=memory, absent=absent, **row)
 
 
-def measure_associative(shape: Shape, options: Options) -> Row:
-    """Discounted returns of packed episodes, which run backward in time."""
+def measure_associative(rows: str, shape: Shape, options: Options) -> Row:
+    """Discounted returns, which run backward in time."""
     x, weights = random(*shape), random(*shape, seed=1)
-    ends = np.random.default_rng(2).random(shape[:2]) < 1 / 40
-    ids = jnp.asarray(np.roll(ends, 1, 1).cumsum(1), jnp.int32)
-    params = jax.nn.sigmoid(random(shape[2]))
-    other = ids[:, 1:] != ids[:, :-1]
-    segments = {  # The last and the first step of an episode.
-        "ids": ids,
-        "last": jnp.pad(other, ((0, 0), (0, 1)), constant_values=True),
-        "first": jnp.pad(other, ((0, 0), (1, 0)), constant_values=True),
-    }
+    n, t, features = shape
+    params = jax.nn.sigmoid(random(features))
+    segments = jax.tree.map(jnp.asarray, ragged(rows, n, t, t))
+    weights *= segments["valid"][..., None]
 
     def combine(left: Any, right: Any) -> Any:
         return left[0] * right[0], right[0] * left[1] + right[1]
@@ -188,33 +181,37 @@ def measure_associative(shape: Shape, options: Options) -> Row:
     def reset(decay: Any, x: Any, resets: Any, reverse: bool) -> jax.Array:
         return scan(jnp.where(resets[..., None], 0, decay), x, reverse)
 
-    def ragged(decay: Any, x: Any, segments: Any) -> jax.Array:
+    def ours(decay: Any, x: Any, **more: Any) -> jax.Array:
         elems = jnp.broadcast_to(decay, x.shape), x
-        scan = partial(associative_scan_segments, combine, reverse=True)
-        return scan(elems, segment_ids=segments["ids"])[1]
+        return associative_scan_segments(combine, elems, reverse=True, **more)[1]
 
     def reversing(decay: Any, x: Any, segments: Any) -> jax.Array:
-        reverse = partial(reverse_segments, segment_ids=segments["ids"])
-        return reverse(reset(decay, reverse(x), segments["first"], False))
+        padding = 0 if rows == "padded" else None
+        ids = dict(segment_ids=segments["segment_ids"], padding_id=padding)
+        x = reset(decay, reverse_segments(x, **ids), segments["starts"], False)
+        return reverse_segments(x, **ids)
 
     base: dict[str, Way] = {ASSOCIATIVE: lambda decay, x, _: scan(decay, x, True)}
     ways: dict[str, Way] = {
         "decay reset by hand": lambda decay, x, segments: reset(
-            decay, x, segments["last"], True
+            decay, x, segments["ends"], True
         ),
-        "associative_scan_segments": ragged,
+        **by_encoding("associative_scan_segments", rows, ours),
         "reverse, scan, reverse": reversing,
     }
     operands = params, x, segments
     own = [*of_jax(base, operands, weights, "none"), *of_jax(ways, operands, weights)]
     check_alike(own, weights)
-    return dict(group="associative", **measure(options, [ASSOCIATIVE], own))
+    memory = temporaries(base | ways, operands, weights)
+    row = measure(options, [ASSOCIATIVE], own)
+    return dict(group="associative", gradient_bytes=memory, **row)
 
 
 def measure_bidirectional(kind: str, shape: Shape, options: Options) -> Row:
     """One loop beside two, and beside Flax."""
     data = layer(kind, shape, 2)
-    step, params, init, x, lengths, _, weights = data
+    step, params, init, x, segments, weights, _ = data
+    lengths = segments["lengths"]
 
     def one_loop(params: Any, x: jax.Array, lengths: Any) -> jax.Array:
         ys = bidirectional_scan(step, params, (init, init), x, lengths)[1]
@@ -227,8 +224,8 @@ def measure_bidirectional(kind: str, shape: Shape, options: Options) -> Row:
         return jnp.concatenate([forward, backward], -1)
 
     def reversing(params: Any, x: jax.Array, lengths: Any) -> jax.Array:
-        layers = [partial(run_scan, partial(step, own), init) for own in params]
-        return bidirectional(*layers)(x, lengths)
+        a, b = (partial(run_scan, partial(step, own), init) for own in params)
+        return bidirectional(a, b, x, lengths)
 
     ways = {
         TWO_SCANS: two_loops,
@@ -243,18 +240,21 @@ def measure_bidirectional(kind: str, shape: Shape, options: Options) -> Row:
 
 
 def _flax(kind: str, data: Layer) -> Iterator[Contender]:
+    """Flax's RNN, in one direction or in both."""
     from flax import nnx
 
-    rngs, (d, hidden) = nnx.Rngs(0), (data.x.shape[-1], data.weights.shape[-1] // 2)
+    rngs, directions = nnx.Rngs(0), len(data.params)
+    sizes = data.x.shape[-1], data.weights.shape[-1] // directions
     cell = {"GRU": nnx.GRUCell, "LSTM": nnx.OptimizedLSTMCell}[kind]
-    layers = [nnx.RNN(cell(d, hidden, rngs=rngs), rngs=False) for _ in range(2)]
-    both = nnx.Bidirectional(*layers, rngs=False)
-    structure, params, rest = nnx.split(both, nnx.Param, ...)
+    layers = [nnx.RNN(cell(*sizes, rngs=rngs), rngs=False) for _ in data.params]
+    both = directions == 2
+    layer = nnx.Bidirectional(*layers, rngs=False) if both else layers[0]
+    structure, params, rest = nnx.split(layer, nnx.Param, ...)
 
     def run(params: Any, x: jax.Array, lengths: Any) -> Any:
-        carries = data.init, data.init
+        carry = (data.init, data.init) if both else data.init
         model = nnx.merge(structure, params, rest)
-        return model(x, seq_lengths=lengths, initial_carry=carries)
+        return model(x, seq_lengths=lengths, initial_carry=carry)
 
-    operands = params, data.x, data.lengths
+    operands = params, data.x, data.segments["lengths"]
     yield from of_jax({"Flax NNX": run}, operands, data.weights, "none")

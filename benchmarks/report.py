@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import re
 
+from benchmarks.recurrences import CHUNK, SCAN
 from benchmarks.results import FOLDER
 from benchmarks.reversals import COPY, OURS, SNIPPET
 from benchmarks.timing import LIMIT, Row
@@ -113,16 +114,22 @@ def peers(data: Row, columns: list[tuple[str, str, str]]) -> str:
 
 
 def recurrence(data: Row, group: str) -> str:
-    """The time of the first contender, and the ratio of each other one to it."""
-    rows = quiet(data, group)
+    """The time of the first contender, and the ratio of each other one to it.
+
+    Beside chunks stands the temporary memory of the gradient.
+    """
+    rows, memory = quiet(data, group), (SCAN, CHUNK) if group == "chunk" else ()
     names = list(dict.fromkeys(t["name"] for r in rows.values() for t in r["times"]))
     lines = []
     for name, row in rows.items():
         for way, title in WAYS.items():
             base, *others = (find(row, n, "new", way) for n in names)
             cells = [ms(base), *(ratio(t, names[0]) for t in others)]
+            sizes = row.get("gradient_bytes", {}) if way == "gradient" else {}
+            cells += [f"{sizes[n] / 1e6:.0f}" if n in sizes else "" for n in memory]
             lines.append([f"`{name}`{title}", *cells])
-    return markdown(["", *(n + ", ms" * (n == names[0]) for n in names)], lines)
+    head = ["", *(n + ", ms" * (n == names[0]) for n in names)]
+    return markdown([*head, *(f"{n}, MB" for n in memory)], lines)
 
 
 def calls(data: Row) -> str:
@@ -179,7 +186,7 @@ def pictures(slug: str, data: Row) -> dict[str, tuple[str, str]]:
 
     shown = {
         "A reversal; a copy takes 1": ("reversal", OURS, "reused", COPY),
-        "scan_segments; lax.scan takes 1": ("scan", "scan_segments", "new", "lax.scan"),
+        "scan_segments; lax.scan takes 1": ("scan", "scan_segments", "new", SCAN),
     }
     return {
         f"performance-{slug}-{what[0]}.svg": (title, svg(title, found))
@@ -203,7 +210,7 @@ def readme(data: Row) -> str:
             (SNIPPET, "gradient", OURS),
         )
     )
-    ragged = ratio(find(scan, "scan_segments", "new", "forward"), "lax.scan")
+    ragged = ratio(find(scan, "scan_segments", "new", "forward"), SCAN)
     return (
         f"A float32 batch of (64, 128, 256) takes {ours} times as long as a copy. The "
         f"`where` + `take_along_axis` snippet takes {snippet} times as long as this "
@@ -213,7 +220,7 @@ def readme(data: Row) -> str:
     )
 
 
-PARTS = ("machine", "limits", "plain", "reused", "scan", "associative")
+PARTS = ("machine", "limits", "plain", "reused", "scan", "chunk", "associative")
 PARTS += ("bidirectional", "calls", "pictures")
 
 

@@ -1,9 +1,11 @@
 """Draw the pictures of the README and of the pages into docs/images.
 
 The library itself moves the letters in the pictures of the layouts. The demo's picture
-shows docs/images/demo.json, the results of 20 seeds:
+shows docs/images/demo.json, the results of 20 seeds, and the picture of chunks shows
+docs/images/chunk.json:
 
     make demo ARGS="--seeds 20 --output docs/images"
+    python examples/longest_row.py --output docs/images
 
 The text of an SVG is the same on every machine: a test draws all again and compares.
 """
@@ -21,6 +23,7 @@ from jax_revseg import reverse_segment_order, reverse_segments, reverse_sequence
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE.parent / "examples"))
 from _report import page, picture as demo  # noqa: E402
+from longest_row import picture as chunk  # noqa: E402
 
 IMAGES = HERE / "images"
 CELL, GAP, MARGIN = 32, 56, 10
@@ -185,9 +188,12 @@ def flip() -> str:
 
 def draw() -> dict[str, str]:
     """The file name and the text of each picture."""
-    results = json.loads((IMAGES / "demo.json").read_text())
+    drawn = {"flip.svg": flip()}
+    for name, picture in (("demo", demo), ("chunk", chunk)):
+        results = json.loads((IMAGES / f"{name}.json").read_text())
+        drawn[f"{name}.svg"] = picture(results)
     layouts = {f"{name}.svg": layout(picture) for name, picture in LAYOUTS.items()}
-    return {"flip.svg": flip(), "demo.svg": demo(results)} | layouts
+    return drawn | layouts
 
 
 if __name__ == "__main__":

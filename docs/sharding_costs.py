@@ -11,17 +11,21 @@ os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8"
 
 import jax  # noqa: E402
-import jax.numpy as jnp  # noqa: E402
 import numpy as np  # noqa: E402
 from jax.sharding import AxisType, NamedSharding, PartitionSpec as P  # noqa: E402
 
-from jax_revseg import reverse_segments, reverse_sequence  # noqa: E402
+from jax_revseg import (  # noqa: E402
+    associative_scan_segments,
+    reverse_segments,
+    reverse_sequence,
+)
 from tests.meshes import bytes_received  # noqa: E402
 
 SHAPE = (8, 4096, 64)
-# The share of a collective's result that one of 8 devices gets from the others; a ring
-# of 8 sends the sum twice round.
+# The share of a collective's result that one of 8 devices gets from the others. A ring
+# of 8 sends a sum twice round, and the 8 parts of a scattered sum once.
 SHARE = {"all-to-all": 7 / 8, "all-gather": 7 / 8, "all-reduce": 2 * 7 / 8}
+SHARE["reduce-scatter"] = 7
 
 
 def reverse(layout, x, segments, **keywords):
@@ -29,6 +33,17 @@ def reverse(layout, x, segments, **keywords):
         return reverse_segments(x, segment_ids=segments, **keywords)
     reverse = reverse_sequence if layout == "padded" else reverse_segments
     return reverse(x, segments, **keywords)
+
+
+def scan(layout, x, segments, **keywords):
+    """A linear recurrence whose decay depends on the step: a pair for each element."""
+
+    def combine(a, b):
+        return a[0] * b[0], b[0] * a[1] + b[1]
+
+    name = {"padded": "lengths", "packed": "cu_seqlens", "ids": "segment_ids"}[layout]
+    elems = jax.nn.sigmoid(x), x
+    return associative_scan_segments(combine, elems, **{name: segments}, **keywords)[1]
 
 
 def costs(compiled):
@@ -42,7 +57,7 @@ def costs(compiled):
     return sent or "none", received, held + memory.argument_size_in_bytes
 
 
-def row(title, layout, spec, axis_type, axis_name=None):
+def row(title, layout, spec, axis_type, axis_name=None, f=reverse):
     mesh = jax.make_mesh((8,), ("devices",), axis_types=(axis_type,))
     batch = spec[0] if len(spec) else None
     rows = {
@@ -55,13 +70,13 @@ def row(title, layout, spec, axis_type, axis_name=None):
         jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(mesh, spec))
         for shape, dtype, spec in ((SHAPE, "float32", spec), (shape, "int32", rows))
     )
-    f = partial(reverse, layout)
+    f = partial(f, layout)
     if axis_name:
-        local = partial(reverse, layout, axis_name=axis_name)
+        local = partial(f, axis_name=axis_name)
         f = jax.shard_map(local, mesh=mesh, in_specs=(spec, rows), out_specs=spec)
 
-    def pullback(ct, segments):  # Linear: the value of x does not matter.
-        return jax.vjp(lambda x: f(x, segments), jnp.zeros_like(ct))[1](ct)[0]
+    def pullback(ct, segments):  # Any value of x will do, but no constant.
+        return jax.vjp(lambda x: f(x, segments), ct)[1](ct)[0]
 
     block = 4 * np.prod(SHAPE) / 8
     cells = []
@@ -86,6 +101,11 @@ def main():
     for layout in "padded", "packed", "ids":
         title = f"segment, `axis_name`, {layout}"
         row(title, layout, segment, AxisType.Auto, "devices")
+    for title, spec in (("batch", batch), ("segment", segment)):
+        row(f"scan, {title}, auto, ids", "ids", spec, AxisType.Auto, f=scan)
+    for layout in "padded", "packed", "ids":
+        title = f"scan, segment, `axis_name`, {layout}"
+        row(title, layout, segment, AxisType.Auto, "devices", scan)
 
 
 if __name__ == "__main__":

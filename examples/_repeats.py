@@ -8,6 +8,7 @@ import argparse
 import jax.numpy as jnp
 import numpy as np
 import optax
+from tqdm import tqdm
 
 ROWS, STEPS, SYMBOLS, HIDDEN = 64, 10, 10, 48
 
@@ -17,6 +18,12 @@ def options(description):
     parser.add_argument("--steps", type=int, default=600, help="default 600")
     parser.add_argument("--quick", dest="steps", action="store_const", const=2)
     return parser.parse_args()
+
+
+def progress(steps, name):
+    """A bar without a forecast: the first step compiles, and is no measure."""
+    form = "{l_bar}{bar}| {n_fmt}/{total_fmt} [{elapsed}]"
+    return tqdm(range(steps), desc=name, bar_format=form)
 
 
 def batch(rng):

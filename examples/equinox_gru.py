@@ -1,11 +1,10 @@
-"""Train an Equinox module that has `bidirectional` as a field, on ragged rows.
+"""Train an Equinox module that runs two of its fields by `bidirectional`.
 
-The task is to tell of each symbol whether it is seen elsewhere in its row. The layer
-answers by its forward direction, by its backward direction, or by both.
+The rows are ragged. The task is to tell of each symbol whether it is seen elsewhere in
+its row. The model answers by its forward layer, by its backward layer, or by both.
 """
 
 from functools import partial
-from typing import Any
 
 import equinox as eqx
 import jax
@@ -19,9 +18,9 @@ from _repeats import (
     direction,
     loss_and_score,
     options,
+    progress,
     report,
 )
-from tqdm import tqdm
 
 from jax_revseg import bidirectional
 
@@ -42,18 +41,23 @@ class GRU(eqx.Module):
 class Tagger(eqx.Module):
     """Symbols (T,) and the length of one row to logits (T,)."""
 
-    layer: Any  # Its two GRUs are parameters of this module.
+    forward: GRU
+    backward: GRU
     head: eqx.nn.Linear
+    name: str = eqx.field(static=True)
 
     def __init__(self, name, key):
         *keys, last = jax.random.split(key, 3)
-        layers = [GRU(eqx.nn.GRUCell(SYMBOLS, HIDDEN, key=key)) for key in keys]
-        self.layer = bidirectional(*layers, merge=partial(direction, name))
+        self.forward, self.backward = (
+            GRU(eqx.nn.GRUCell(SYMBOLS, HIDDEN, key=key)) for key in keys
+        )
         width = 2 * HIDDEN if name == "both" else HIDDEN
         self.head = eqx.nn.Linear(width, "scalar", key=last)
+        self.name = name
 
     def __call__(self, symbols, length):
-        states = self.layer(jax.nn.one_hot(symbols, SYMBOLS), length)
+        x, merge = jax.nn.one_hot(symbols, SYMBOLS), partial(direction, self.name)
+        states = bidirectional(self.forward, self.backward, x, length, merge=merge)
         return jax.vmap(self.head)(states)
 
 
@@ -74,7 +78,7 @@ def train(name, steps):
         return eqx.apply_updates(model, updates), state, loss, right
 
     history = []
-    for _ in tqdm(range(steps), desc=name):
+    for _ in progress(steps, name):
         model, state, *figures = step(model, state, *batch(rng))
         history.append([float(figure) for figure in figures])
     leaves = jax.tree.leaves(eqx.filter(model, eqx.is_array))

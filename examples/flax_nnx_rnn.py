@@ -1,7 +1,7 @@
-"""Train a Flax NNX module that has `bidirectional` as an attribute, on ragged rows.
+"""Train a Flax NNX module that runs two of its layers by `bidirectional`.
 
-The task is to tell of each symbol whether it is seen elsewhere in its row. The layer
-answers by its forward direction, by its backward direction, or by both.
+The rows are ragged. The task is to tell of each symbol whether it is seen elsewhere in
+its row. The model answers by its forward layer, by its backward layer, or by both.
 """
 
 from functools import partial
@@ -16,10 +16,10 @@ from _repeats import (
     direction,
     loss_and_score,
     options,
+    progress,
     report,
 )
 from flax import nnx
-from tqdm import tqdm
 
 from jax_revseg import bidirectional
 
@@ -28,14 +28,17 @@ class Tagger(nnx.Module):
     """Symbols (N, T) and the lengths of the rows to logits (N, T)."""
 
     def __init__(self, name, rngs):
-        cells = [nnx.GRUCell(SYMBOLS, HIDDEN, rngs=rngs) for _ in range(2)]
-        layers = [nnx.RNN(cell, rngs=rngs) for cell in cells]
-        self.layer = bidirectional(*layers, merge=partial(direction, name))
+        self.forward, self.backward = (
+            nnx.RNN(nnx.GRUCell(SYMBOLS, HIDDEN, rngs=rngs), rngs=rngs)
+            for _ in range(2)
+        )
+        self.name = name
         width = 2 * HIDDEN if name == "both" else HIDDEN
         self.head = nnx.Linear(width, 1, rngs=rngs)
 
     def __call__(self, symbols, lengths):
-        states = self.layer(jax.nn.one_hot(symbols, SYMBOLS), lengths)
+        x, merge = jax.nn.one_hot(symbols, SYMBOLS), partial(direction, self.name)
+        states = bidirectional(self.forward, self.backward, x, lengths, merge=merge)
         return self.head(states)[..., 0]
 
 
@@ -54,7 +57,7 @@ def train(name, steps):
     model, rng = Tagger(name, nnx.Rngs(0)), np.random.default_rng(0)
     optimiser = nnx.Optimizer(model, optax.adam(1e-2), wrt=nnx.Param)
     history = []
-    for _ in tqdm(range(steps), desc=name):
+    for _ in progress(steps, name):
         figures = step(model, optimiser, *batch(rng))
         history.append([float(figure) for figure in figures])
     leaves = jax.tree.leaves(nnx.state(model, nnx.Param))

@@ -21,6 +21,8 @@ from tqdm import tqdm
 from jax_revseg import bidirectional
 
 HIDDEN = 32
+# No forecast: the first update compiles, and would count like any other.
+BAR = "{l_bar}{bar}| {n_fmt}/{total_fmt} [{elapsed}]"
 PADDED_TO = [LONGEST, 32, 36, 40, 50, 60, 100, 200]
 
 
@@ -54,7 +56,7 @@ def naive_flip(params, x, lengths):
 def with_reverse_sequence(params, x, lengths):
     """`bidirectional`: the second GRU reads reverse_sequence(x, lengths)."""
     forward, backward = (partial(run, p) for p in params)
-    return bidirectional(forward, backward)(x, lengths)
+    return bidirectional(forward, backward, x, lengths)
 
 
 MODELS = {
@@ -130,7 +132,7 @@ def main():
     updates, paddings = (3, PADDED_TO[::7]) if args.quick else (args.updates, PADDED_TO)
     training, test = jax.tree.map(jnp.asarray, load(args.data))
     found = {name: [] for name in MODELS}
-    with tqdm(total=len(MODELS) * (updates + len(paddings))) as bar:
+    with tqdm(total=len(MODELS) * (updates + len(paddings)), bar_format=BAR) as bar:
         for name, model in MODELS.items():
             bar.set_description(name)
             params = train(model, training, args.seeds, updates, bar)

@@ -48,9 +48,15 @@ def one_loop(decays, u, ids):
 
 def reversing(decays, u, ids):
     # Segments keep their places, so both layers restart at the same ids.
-    layers = (lambda u, a=a: states(a, u, ids) for a in decays)
-    run = bidirectional(*layers, merge=lambda *both: both)
-    return run(u, segment_ids=ids, padding_id=0)
+    forward, backward = (lambda u, a=a: states(a, u, ids) for a in decays)
+    return bidirectional(
+        forward,
+        backward,
+        u,
+        segment_ids=ids,
+        padding_id=0,
+        merge=lambda *both: both,
+    )
 
 
 def one_by_one(decays, u, ids):

@@ -15,7 +15,8 @@ from benchmarks.results import Results
 from benchmarks.timing import LIMIT, Absent, Contender, Options, measure, ratio
 from tests.cases import SMALL
 
-ROWS = ("padded-64x512x8", "calls", "scan linear", "associative 8x", "LSTM 8x")
+ROWS = ("padded-64x512x8", "calls", "scan linear", "scan packed returns")
+ROWS += ("chunk half 32x", "associative packed 8x", "LSTM 8x")
 
 
 @pytest.mark.peers  # Runs everywhere; with other frameworks there is more to check.
@@ -27,7 +28,7 @@ def test_quick_run_writes_a_row_of_each_group(tmp_path, monkeypatch, capsys):
     assert command.main(quick) == 0
     data = json.loads(path.read_text())
     assert [row["group"] for row in data["rows"].values()] == [
-        *("reversal", "calls", "scan", "associative", "bidirectional")
+        *("reversal", "calls", "scan", "scan", "chunk", "associative", "bidirectional")
     ]
     reversal, *_, bidirectional = data["rows"].values()
     assert reversal["temporary_bytes"] == 0
@@ -39,10 +40,12 @@ def test_quick_run_writes_a_row_of_each_group(tmp_path, monkeypatch, capsys):
         row["noise"] = 0.0
     assert data["runs"][reversal["run"]]["versions"]["jax"] == jax.__version__
     tables = [report.part(name, "slug", data) for name in report.PARTS]
-    for name in ("`padded-64x512x8`", "reverse_sequence, jitted", "`8x2048x64`"):
+    for name in ("`padded-64x512x8`", "reverse_sequence, jitted", "`packed 8x2048x64`"):
         assert any(name in table for table in tables)
-    assert "| scan_segments |" in report.part("scan", "slug", data)
-    assert "[5/5] bidirectional LSTM" in capsys.readouterr().out
+    scan = report.part("scan", "slug", data)
+    assert "| scan_segments | scan_segments, ids | scan_segments, starts |" in scan
+    assert "| lax.scan, MB | chunk, MB |" in report.part("chunk", "slug", data)
+    assert "[7/7] bidirectional LSTM" in capsys.readouterr().out
 
 
 def test_wrong_answer_is_not_timed():
