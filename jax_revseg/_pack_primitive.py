@@ -51,11 +51,10 @@ def _unpack_rows(x, lengths, size):
 
 def _move(x, lengths, *, size, unpack):
     """One gather, and zeros elsewhere; bits move unchanged."""
-    features = x.shape[2 if unpack else 1 :]
-    out_shape = (size, *features) if unpack else (lengths.shape[0], size, *features)
-    bits = to_bits(x)
-    if 0 in x.shape or 0 in out_shape:
-        out = lax.full_like(bits, 0, shape=out_shape)
+    shape = (size,) if unpack else (lengths.shape[0], size)
+    shape, bits = (*shape, *x.shape[1 + unpack :]), to_bits(x)
+    if 0 in x.shape or 0 in shape:
+        out = lax.full_like(bits, 0, shape=shape)
     else:
         valid, index = (_unpack_rows if unpack else _pack_rows)(bits, lengths, size)
         out = bits.at[index].get(mode="promise_in_bounds")
@@ -66,20 +65,17 @@ def _move(x, lengths, *, size, unpack):
 
 
 def _pack_segments_abstract_eval(x, lengths, *, size, unpack, batch):
-    features = batch + (2 if unpack else 1)
+    features = batch + 1 + unpack
     shape = (size,) if unpack else (lengths.shape[batch], size)
     spec, lengths_spec = x.sharding.spec, lengths.sharding.spec
-    for what, axes, names in (
-        ("x", range(batch, features), spec),
-        ("the lengths", [batch], lengths_spec),
-    ):
-        for a in axes:
-            if names[a] is not None:
-                raise ValueError(
-                    f"{'un' * unpack}pack_segments: axis {a} of {what} is sharded over "
-                    f"mesh axis {names[a]!r}, but rows and steps change places here; "
-                    "replicate that axis with jax.sharding.reshard first."
-                )
+    moved = [("x", a, spec[a]) for a in range(batch, features)]
+    for what, a, name in (*moved, ("the lengths", batch, lengths_spec[batch])):
+        if name is not None:
+            raise ValueError(
+                f"{'un' * unpack}pack_segments: axis {a} of {what} is sharded over "
+                f"mesh axis {name!r}, but rows and steps change places here; replicate "
+                "that axis with jax.sharding.reshard first."
+            )
     rows = [a or b for a, b in zip(spec[:batch], lengths_spec[:batch], strict=True)]
     spec = PartitionSpec(*rows, *[None] * len(shape), *spec[features:])
     mesh = (lengths if x.sharding.mesh.empty else x).sharding.mesh
@@ -90,8 +86,7 @@ def _pack_segments_abstract_eval(x, lengths, *, size, unpack, batch):
 
 
 def _pack_segments_transpose(ct, x, lengths, *, size, unpack, batch):
-    del size
-    size = x.shape[batch + 1 if unpack else batch]
+    size = x.shape[batch + unpack]  # The transpose goes the other way.
     return pack_segments_p.bind(ct, lengths, size=size, unpack=not unpack, batch=batch)
 
 
@@ -100,18 +95,16 @@ def _pack_segments_batch(x, x_dim, lengths, lengths_dim, *, size, unpack, batch)
     if lengths_dim is not None:
         x, lengths = jnp.moveaxis(x, x_dim, 0), jnp.moveaxis(lengths, lengths_dim, 0)
         return pack(x, lengths, batch=batch + 1), 0
-    # An axis of x alone is one more feature axis.
-    features, out_features = batch + 1 + unpack, batch + 2 - unpack
-    if x_dim < features:
-        x, x_dim = jnp.moveaxis(x, x_dim, features), features
-    return pack(x, lengths, batch=batch), x_dim - features + out_features
+    # An axis of x alone becomes the first feature axis.
+    x = jnp.moveaxis(x, x_dim, batch + 1 + unpack)
+    return pack(x, lengths, batch=batch), batch + 2 - unpack
 
 
 def _pack_segments_checkify(x, lengths, *, size, unpack, batch):
-    name, limit = "pack_segments", "the size of axis 0 of x"
     if unpack:
-        name, limit = "unpack_segments", "total_length"
-    return length_error(name, lengths, size if unpack else x.shape[batch], limit)
+        return length_error("unpack_segments", lengths, size, "total_length")
+    size = x.shape[batch]
+    return length_error("pack_segments", lengths, size, "the size of axis 0 of x")
 
 
 def _pack_segments_lowering(ctx, x, lengths, *, size, unpack, batch):

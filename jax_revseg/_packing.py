@@ -112,24 +112,18 @@ def unpack_segments(
             "for rows and steps, and lengths one entry for each row."
         )
     if jnp.issubdtype(x.dtype, jax.dtypes.extended) or x.dtype == "float8_e8m0fnu":
-        call.fail(
-            f"x has dtype {x.dtype}, which has no zero for the tail; unpack other "
-            "numbers, such as jax.random.key_data(x) or x.view('uint8').",
-            TypeError,
-        )
-    on_host, size = isinstance(values, np.ndarray), x.shape[1]
-    if on_host:
-        values = _cut_host_lengths(call, values, size)
+        what = f"x has dtype {x.dtype}, which has no zero for the tail"
+        remedy = "unpack jax.random.key_data(x) or x.view('uint8')"
+        call.fail(f"{what}; {remedy}.", TypeError)
+    if on_host := isinstance(values, np.ndarray):
+        values = _cut_host_lengths(call, values, x.shape[1])
     total_length = _size_or(call, "total_length", total_length, values, np.sum)
-    if on_host and isinstance(size, int) and isinstance(total_length, int):
-        if (total := int(values.sum(dtype=np.int64))) > total_length:
-            call.fail(
-                f"the valid steps number {total}, but total_length is {total_length}; "
-                f"make it {total} or more."
-            )
+    static = isinstance(x.shape[1], int) and isinstance(total_length, int)
+    if on_host and static and (total := values.sum()) > total_length:
+        what = f"the valid steps number {total}, but total_length is {total_length}"
+        call.fail(f"{what}; make it {total} or more.")
     # A row gives as many steps as it has; negative lengths remain, for checkify.
-    values = _saturate(x, values)
-    return bind(x, values, size=total_length, unpack=True)
+    return bind(x, _saturate(x, values), size=total_length, unpack=True)
 
 
 def _rank_one(call: Call, lengths: Any) -> Any:
@@ -146,20 +140,16 @@ def _size_or(call: Call, argument: str, given: Any, lengths: Any, default: Any) 
     if given is not None:
         return call.size(argument, given)
     if isinstance(lengths, jax.Array):
-        call.fail(
-            f"{argument} is left out, but the lengths are in a JAX array, so their "
-            f"values are not known here; give {argument}, an int."
-        )
+        why = f"{argument} is left out, but the lengths are in a JAX array"
+        call.fail(f"{why}, so their values are not known; give {argument}, an int.")
     return int(default(lengths.astype(np.int64), initial=0))
 
 
 def _cut_host_lengths(call: Call, lengths: np.ndarray, limit: Any) -> np.ndarray:
-    for n in np.flatnonzero(lengths < 0)[:1]:
-        call.fail(
-            f"lengths[{n}] is {lengths[n]}, but must not be negative; correct it."
-        )
-    limit = limit if isinstance(limit, int) else 2**31 - 1
-    return np.minimum(lengths, min(limit, 2**31 - 1)).astype(np.int32)
+    for n in np.flatnonzero(lengths < 0):
+        call.fail(f"lengths[{n}] is {lengths[n]}, which is negative; correct it.")
+    limit = min(limit, 2**31 - 1) if isinstance(limit, int) else 2**31 - 1
+    return np.minimum(lengths, np.int64(limit)).astype(np.int32)
 
 
 @compiled

@@ -7,15 +7,16 @@ a second `all_to_all` restores the blocks. On two devices, x with rows a to d:
     device 0: a0 b0 c0 d0     device 0: a0 a1 b0 b1     device 0: A0 B0 C0 D0
     device 1: a1 b1 c1 d1 --> device 1: c0 c1 d0 d1 --> device 1: A1 B1 C1 D1
 
-A device sends all but its own share of its block, twice, and never holds more than a
-few times its block. The transpose of an `all_to_all` is an `all_to_all`: the gradient
-makes the same exchange.
+A device sends all but its own share of its block, twice. If an axis other than the
+segment axis is as large as the number of devices, a device holds a few times its block.
+Otherwise padding is exchanged too: a device holds at least one whole row of one
+feature, many times its block. The transpose of an `all_to_all` is an `all_to_all`: the
+gradient makes the same exchange.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from fractions import Fraction
 from typing import Any
 
 import jax
@@ -26,19 +27,15 @@ from jax_revseg._arguments import Call
 from jax_revseg._layout import Layout
 
 
-def _unchanged(out: jax.Array) -> jax.Array:
-    return out
-
-
 def whole_rows(
     call: Call, x: jax.Array, segments: Any, layout: Layout
 ) -> tuple[jax.Array, Any, Callable[[jax.Array], jax.Array]]:
     """Exchanges a block for whole rows; returns x, segments, and the way back.
 
-    The rows are those of some batch entries or features. Ids are blocks, too.
+    The rows are those of some batch entries or features. Ids and starts are blocks too.
     """
     if call.axis_name is None or 0 in x.shape:
-        return x, segments, _unchanged
+        return x, segments, lambda out: out
     _check_replicated(call, segments, layout)
     if x.ndim == 1:
         x, segments, back = whole_rows(call, x[:, None], segments, layout)
@@ -51,13 +48,12 @@ def whole_rows(
         return lax.slice_in_dim(out, 0, x.shape[cut], axis=cut)
 
     whole = lax.all_to_all(_pad(x, cut, devices), name, cut, axis, tiled=True)
-    return whole, _segments_of_rows(segments, layout, cut, name, devices), restore
+    return whole, _segments_of_rows(call, segments, layout, cut), restore
 
 
 def _check_replicated(call: Call, segments: Any, layout: Layout) -> None:
-    names = call.axis_name if isinstance(call.axis_name, tuple) else (call.axis_name,)
-    differ = _compat.varying(segments) & set(names)
-    if differ and layout.kind != "ids":
+    differ = _compat.varying(segments) & {*jax.tree.leaves(call.axis_name)}
+    if differ and not layout.per_step:
         call.fail(
             f"the lengths vary over mesh axis {sorted(differ)}, but axis_name is "
             f"{call.axis_name!r}: every device needs the lengths of the whole rows; "
@@ -68,28 +64,25 @@ def _check_replicated(call: Call, segments: Any, layout: Layout) -> None:
 def _exchange_axis(shape: tuple[int, ...], layout: Layout, devices: int) -> int:
     """Returns the axis to cut in place of the segment axis: the one padded least."""
 
-    def cost(a: int) -> tuple[Fraction, bool]:
-        padded = -(-shape[a] // devices) * devices
-        # Prefer a feature axis; with ids prefer a batch axis, which avoids an
-        # all_gather of the ids.
+    def cost(a: int) -> tuple[float, bool]:
+        # Prefer a feature axis; with ids or starts prefer a batch axis, which avoids an
+        # all_gather of them.
         is_batch = a in layout.batch_axes
-        return Fraction(padded, shape[a]), is_batch != (layout.kind == "ids")
+        return -shape[a] % devices / shape[a], is_batch != layout.per_step
 
     return min((a for a in range(len(shape)) if a != layout.axis), key=cost)
 
 
-def _segments_of_rows(
-    segments: Any, layout: Layout, cut: int, name: Any, devices: int
-) -> Any:
-    """Returns the lengths or ids of the rows that this device gets."""
-    last = segments.ndim - 1
+def _segments_of_rows(call: Call, segments: Any, layout: Layout, cut: int) -> Any:
+    """Returns the segments of the rows that this device gets."""
+    name, devices, last = call.axis_name, call.devices, segments.ndim - 1
     if cut not in layout.batch_axes:
-        if layout.kind == "ids":
+        if layout.per_step:
             return lax.all_gather(segments, name, axis=last, tiled=True)
         return segments
     row = layout.batch_axes.index(cut)
     segments = _pad(segments, row, devices)
-    if layout.kind == "ids":
+    if layout.per_step:
         return lax.all_to_all(segments, name, row, last, tiled=True)
     rows = segments.shape[row] // devices
     return lax.dynamic_slice_in_dim(segments, lax.axis_index(name) * rows, rows, row)
