@@ -19,6 +19,22 @@ BatchAxis = int | Sequence[int] | None
 Integers = ArrayLike | Sequence[Any]  # ArrayLike leaves lists out.
 
 
+_ROWS = (
+    "convert it with jax.numpy.asarray; for rows of different lengths give "
+    "np.concatenate(rows) and lengths=[len(row) for row in rows] to pack_segments"
+)
+_CONSTANT = "give an array, for a constant with jax.numpy.full_like"
+_REMEDIES = {
+    "MaskedArray": "use .filled",
+    "PackedSequence": "use pad_packed_sequence, or .data (see migration.md)",
+    "dict": "use jax.tree.map for a pytree",
+    "float": _CONSTANT,
+    "int": _CONSTANT,
+    "list": _ROWS,
+    "tuple": _ROWS,
+}
+
+
 class Call(NamedTuple):
     """One call of a public function, and how its messages name things.
 
@@ -53,27 +69,23 @@ class Call(NamedTuple):
         return x
 
     def _from_host(self, x: Any) -> jax.Array:
-        kind, masked = type(x).__name__, isinstance(x, np.ma.MaskedArray)
+        kind = type(x).__name__
         known = hasattr(x, "__array__") or hasattr(x, "__jax_array__")
-        if masked or not (known or hasattr(x, "__dlpack__")):
+        if kind in _REMEDIES or not (known or hasattr(x, "__dlpack__")):
+            remedy = _REMEDIES.get(kind, "convert it with jax.numpy.asarray")
             self.fail(
-                f"{self.x_name} must be an array, but has type {kind}; convert it with "
-                "jax.numpy.asarray, a pytree with jax.tree.map, a constant with "
-                "jax.numpy.full_like, rows of different lengths with np.concatenate "
-                "and lengths=[len(row) for row in rows], a masked array with .filled, "
-                "a PackedSequence with pad_packed_sequence.",
+                f"{self.x_name} must be an array, but has type {kind}; {remedy}.",
                 TypeError,
             )
         try:
             # Neither conversion copies.
             return jnp.asarray(x if known else np.from_dlpack(x))
         except Exception as error:  # Each framework has its own for other devices.
+            remedy = "convert it to a NumPy array of numbers first"
+            if hasattr(x, "detach"):  # PyTorch, which NumPy lacks bfloat16 for.
+                remedy = "use jax.dlpack.from_dlpack(x.detach()), after x.cpu()"
             what = f"{self.x_name} has dtype {getattr(x, 'dtype', None)}, type {kind}"
-            self.fail(
-                f"{what}, which JAX cannot take ({error}); convert it to a NumPy array "
-                "of numbers first, with x.detach() and x.cpu() in PyTorch.",
-                TypeError,
-            )
+            self.fail(f"{what}, which JAX cannot take ({error}); {remedy}.", TypeError)
 
     def integer(self, argument: str, value: Any) -> int:
         """Returns a static integer."""
@@ -128,11 +140,11 @@ class Call(NamedTuple):
             return values
         if jnp.issubdtype(values.dtype, jnp.integer):  # Kind V: int4 and its like.
             return values.astype(np.int32) if isinstance(values, np.ndarray) else values
-        remedy = f"use .astype(int), unless {self.x_name} and {argument} are swapped"
+        remedy = f"use .astype(int), or swap {self.x_name} and {argument}"
         if values.dtype == bool:
-            remedy = "give valid steps as mask= if there is one, else as in "
-            remedy += "reverse_segments: segment_ids=mask.astype(int), padding_id=0; "
-            remedy += "give true starts as starts="
+            remedy = "give a mask of valid steps as mask= to a scan or bidirectional, "
+            remedy += "as segment_ids=mask.astype(int), padding_id=0 to "
+            remedy += "reverse_segments; give flags of first steps as starts="
         what = f"{argument} has dtype {values.dtype}, but must be integers"
         self.fail(f"{what}; {remedy}.", TypeError)
 
