@@ -106,8 +106,9 @@ def peers(data: Row, columns: list[tuple[str, str, str]]) -> str:
         for column in columns:
             t = find(row, *column)
             r = t["to"][OURS] if t else None
-            bold = "**" if r and r["ratio"] + r["error"] < 1 else ""
-            cells.append(f"{bold}{ratio(t, OURS)}{bold}")
+            text = ratio(t, OURS)
+            faster = r and text != "noisy" and r["ratio"] + r["error"] < 1
+            cells.append(f"**{text}**" if faster else text)
         if any(cells):
             lines.append([f"`{name}`", *cells])
     return markdown(["case", *(name + WAYS[way] for name, _, way in columns)], lines)
