@@ -97,8 +97,8 @@ class Call(NamedTuple):
 
     def flag(self, argument: str, value: Any) -> bool:
         """Returns a static boolean."""
-        if isinstance(value, jax.Array):
-            self.fail(f"{argument} is {value!r}; use a Python bool.", TypeError)
+        if not isinstance(value, (bool, np.bool_)):
+            self.fail(f"{argument} is {value!r}; use True or False.", TypeError)
         return bool(value)
 
     def size(self, argument: str, value: Any) -> Any:
