@@ -12,6 +12,7 @@ from jax_revseg import (
     bidirectional,
     bidirectional_scan,
     pack_segments,
+    reverse_segment_order,
     reverse_segments,
     reverse_sequence,
     scan_segments,
@@ -33,7 +34,6 @@ def export(f, *examples):
 
     specs = [jax.ShapeDtypeStruct(e.shape, e.dtype) for e in examples]
     model = jax2onnx.to_onnx(f, specs)
-    jax.clear_caches()  # jax2onnx leaves its own primitives in the caches of jit.
     session = onnxruntime.InferenceSession(model.SerializeToString())
     names = [i.name for i in session.get_inputs()]
 
@@ -139,7 +139,11 @@ def test_packing(max_length):
     def unpack(x, n):
         return unpack_segments(x, n, total_length=5)
 
+    def fill(x, n):
+        return pack_segments(x, n, max_length=max_length, padding_value=7)
+
     check(pack, X[0], PACKED[0], others=[(SIGNED[0], n) for n in PACKED])
+    check(fill, X[0], PACKED[0], others=[(X[0], n) for n in PACKED])
     rows = np.arange(3 * max_length * 2, dtype=np.float32).reshape(3, max_length, 2)
     check(unpack, rows, PACKED[0], others=[(rows, n) for n in PACKED])
 
@@ -161,43 +165,101 @@ def rnn_step(params, carry, x):
 W = np.linspace(-0.5, 0.5, 9, dtype=np.float32).reshape(3, 3)
 
 
-def test_bidirectional():
-    """A layer whose reversals are not one node each, or lengths frozen at export."""
-
-    def layer(w):
-        def run(x):
-            xs = jnp.swapaxes(x, 0, 1)
-            ys = jax.lax.scan(partial(rnn_step, w), jnp.zeros((2, 3)), xs)[1]
-            return jnp.swapaxes(ys, 0, 1)
-
-        return run
-
-    f = bidirectional(layer(W), layer(W.T))
-    others = [(X / 30, n) for n in LENGTHS]
-    operators = check(f, X / 30, LENGTHS[0], others=others, exact=False)
-    assert operators.count("ReverseSequence") == 2
-    assert operators.count("Loop") == 2
+def rnn_layer(w, x):
+    """A layer in lax alone, over (2, 5, 3)."""
+    xs = jax.lax.transpose(x, (1, 0, 2))
+    ys = jax.lax.scan(partial(rnn_step, w), jnp.zeros((2, 3)), xs)[1]
+    return jax.lax.transpose(ys, (1, 0, 2))
 
 
-def test_scan_segments():
-    """Padding that reaches the carry."""
-
-    def f(x, n):
-        init = jnp.zeros((2, 3))
-        return scan_segments(partial(rnn_step, W), init, x, n)
-
-    check(f, X / 30, LENGTHS[0], others=[(X / 30, n) for n in LENGTHS], exact=False)
+def scan(x, *args, **kwargs):
+    init = jnp.zeros((x.shape[0], 3))
+    return scan_segments(partial(rnn_step, W), init, x, *args, **kwargs)
 
 
-def test_bidirectional_scan():
-    """A loop that the exporter cannot write."""
+def both(x, *args, **kwargs):
+    params, zeros = (jnp.asarray(W), jnp.asarray(W.T)), jnp.zeros((x.shape[0], 3))
+    return bidirectional_scan(rnn_step, params, (zeros, zeros), x, *args, **kwargs)
 
-    def f(x, n):
-        zeros = jnp.zeros((2, 3))
-        params = (jnp.asarray(W), jnp.asarray(W.T))
-        return bidirectional_scan(rnn_step, params, (zeros, zeros), x, n)
 
-    check(f, X / 30, LENGTHS[0], others=[(X / 30, n) for n in LENGTHS], exact=False)
+def two_layers(x, *args, **kwargs):
+    layers = partial(rnn_layer, W), partial(rnn_layer, W.T)
+    return bidirectional(*layers, x, *args, **kwargs)
+
+
+BOTH = np.stack([PACKED[0], PACKED[2]])
+OFFSETS = np.array([[0, 2, 2, 5], [0, 1, 3, 4]], np.int32)
+FLAGS = np.array([[0, 0, 1, 0, 1], [1, 1, 0, 1, 0]], bool)
+# The name of each call, its function of x and one encoding, and encodings.
+ENCODINGS = {
+    "lengths": list(LENGTHS),
+    "packed": [BOTH, BOTH[::-1]],
+    "segment_ids": [IDS[:2], IDS[2:]],
+    "cu_seqlens": [OFFSETS, OFFSETS[::-1]],
+    "starts": [FLAGS, ~FLAGS],
+    "mask": [FLAGS, ~FLAGS],
+}
+CALLS = [
+    (f, encoding, options)
+    for f, encodings, several in (
+        (reverse_sequence, ("lengths",), ({"padding_value": 7},)),
+        (
+            reverse_segments,
+            ("packed", "segment_ids", "cu_seqlens", "starts"),
+            ({}, {"padding_value": 7}),
+        ),
+        (reverse_segment_order, ("packed",), ({},)),
+        (scan, ("lengths", "segment_ids", "starts", "mask", "cu_seqlens"), ({},)),
+        (scan, ("lengths", "starts"), ({"chunk": 2},)),
+        (both, ("lengths", "segment_ids", "starts", "mask", "cu_seqlens"), ({},)),
+        (two_layers, ("lengths", "segment_ids", "starts", "mask"), ({},)),
+    )
+    for encoding in encodings
+    for options in several
+]
+CALLS += [(scan, "starts", {"carry_in": np.ones((2, 3), np.float32)})]
+
+
+@pytest.mark.parametrize(
+    ("f", "encoding", "options"),
+    CALLS,
+    ids=[f"{f.__name__}-{e}-{'-'.join(o)}" for f, e, o in CALLS],
+)
+def test_every_call(f, encoding, options):
+    """An operator that ONNX Runtime lacks, or a wrong value; and after the export
+    jax2onnx's primitives in a program that is kept."""
+    if encoding == "segment_ids":
+        options = {**options, "padding_id": 0}
+
+    def call(x, segments):
+        if encoding in ("lengths", "packed"):
+            return f(x, segments, **options)
+        return f(x, **{encoding: segments}, **options)
+
+    first, *others = [(X / 30, segments) for segments in ENCODINGS[encoding]]
+    check(call, *first, others=others, exact=False)
+    want = jax.tree.leaves(call(*first))  # As in `check`, after the export.
+    for a, b in zip(want, jax.tree.leaves(jax.jit(call)(*first)), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-5)
+
+
+@pytest.mark.parametrize("encoding", ["lengths", "mask"])
+@pytest.mark.parametrize("f", [scan, both])
+def test_symbolic_batch(f, encoding):
+    """A scan that needs one model for each batch size."""
+
+    def call(x, segments):
+        return f(x, **{encoding: segments})
+
+    first, second = ENCODINGS[encoding][:2]
+    specs = [("B", 5, 3), ("B", *first.shape[1:])]
+    specs = [jax.ShapeDtypeStruct(s, a.dtype) for s, a in zip(specs, (X, first))]
+    model, run = export(call, *specs)
+    wide = np.concatenate([X, -X]) / 30, np.concatenate([first, second])
+    for arrays in (X / 30, first), wide:
+        ours = jax.tree.leaves(call(*map(jnp.asarray, arrays)))
+        for a, b in zip(ours, run(*arrays), strict=True):
+            np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.filterwarnings("ignore:'.value' access:DeprecationWarning")  # jax2onnx's.
@@ -216,7 +278,7 @@ def test_two_nnx_layers():
         graph, state = jax.tree.map(jnp.asarray, model)
         for layers in nnx.merge(graph, state):
             run = [partial(layer, initial_carry=zeros) for layer in layers]
-            x = bidirectional(*run)(x, n)
+            x = bidirectional(*run, x, n)
         return x
 
     others = [(X / 30, n) for n in LENGTHS]
