@@ -14,11 +14,14 @@ import pytest
 
 from jax_revseg import (
     _reference,
+    associative_scan_segments,
     bidirectional,
+    bidirectional_scan,
     pack_segments,
     reverse_segment_order,
     reverse_segments,
     reverse_sequence,
+    scan_segments,
     unpack_segments,
 )
 from tests.cases import Case, assert_same_bits, enable_x64
@@ -362,3 +365,163 @@ def test_padding_values_that_fit_are_cast():
         out = reverse_sequence(np.ones(2).astype(dtype), 1, padding_value=value)
         desired = np.asarray(value).astype(dtype)
         assert out.dtype == dtype and np.asarray(out)[1].tobytes() == desired.tobytes()
+
+
+ROWS = [np.array([1.0, 2]), np.array([3.0, 4, 5])]
+X3, N, ZEROS, MASK = X[..., None], [1, 2, 3], np.zeros(3, np.float32), X > 2
+IDS = np.array([[0, 0, 1, 1]] * 3)
+DECAY = np.float32(0.5)
+
+
+def scan(x, *args, f=lambda carry, x: (carry + x, carry), init=ZEROS, **kwargs):
+    return scan_segments(f, init, x, *args, **kwargs)
+
+
+def step(carry, x):
+    return carry + x["a"] * x["b"], carry
+
+
+def both(x, *args, f=lambda p, carry, x: (carry + p * x, carry), **kwargs):
+    init = kwargs.pop("init", (ZEROS, ZEROS))
+    return bidirectional_scan(f, (1.0, 2.0), init, x, *args, **kwargs)
+
+
+def linear(x, *args, **kwargs):
+    fn = lambda a, b: (a[0] * b[0], b[0] * a[1] + b[1])  # noqa: E731
+    return associative_scan_segments(fn, x, *args, **kwargs)
+
+
+def two(*args, layers=(jnp.sin, jnp.cos), **kwargs):
+    return bidirectional(*layers, *args, **kwargs)
+
+
+def packed_rows():
+    return pack_segments(np.concatenate(ROWS), [len(row) for row in ROWS])
+
+
+LSTM = (ZEROS, ZEROS)
+A, B = {"a": X}, np.arange(4, dtype=np.float32)
+# A likely mistake, what its error says, and the call that it suggests.
+REMEDIES = {
+    "ragged list": (lambda: seq(ROWS, [2, 3]), r"np\.concatenate\(rows\)", packed_rows),
+    "ragged list packed": (
+        lambda: pack_segments(ROWS, [2, 3]),
+        r"lengths=\[len\(row\) for row in rows\]",
+        packed_rows,
+    ),
+    "swapped": (lambda: seq(np.array(N), X), "swap x and lengths", lambda: seq(X, N)),
+    "swapped integers": (
+        lambda: seq(np.array(N), X.astype(int)),
+        "swap x and lengths",
+        lambda: seq(X.astype(int), N),
+    ),
+    "leaf without a batch": (
+        lambda: scan(A | {"b": B}, N, f=step),
+        r"xs\['b'\] .*jax\.numpy\.broadcast_to",
+        lambda: scan(A | {"b": jnp.broadcast_to(B, X.shape)}, N, f=step),
+    ),
+    "scalar decay": (
+        lambda: linear((0.5, X), N),
+        r"elems\[0\].*jax\.numpy\.full_like",
+        lambda: linear((jnp.full_like(X, 0.5), X), N),
+    ),
+    "scalar decay in an array": (
+        lambda: linear((DECAY, X), N),
+        r"elems\[0\].*jax\.numpy\.full_like",
+        lambda: linear((jnp.full_like(X, DECAY), X), N),
+    ),
+    "sum too large": (
+        lambda: pack_segments(X, [2, 2]),
+        r"sum\(lengths\) <= len\(x\)",
+        lambda: pack_segments(X, [2, 1]),
+    ),
+    "no function": (lambda: scan(X, N, f=None), "f is None", lambda: scan(X, N)),
+    "no function both ways": (lambda: both(X, N, f=None), "f is None", None),
+    "no fn": (lambda: associative_scan_segments(None, X, N), "fn is None", None),
+    "called layer": (
+        lambda: two(X3, N, layers=(jnp.sin(X3), jnp.cos)),
+        "forward is .*function of x",
+        lambda: two(X3, N),
+    ),
+    "merge": (
+        lambda: two(X3, N, merge="sum"),
+        r"merge is 'sum'.*jax\.numpy\.add",
+        lambda: two(X3, N, merge=jnp.add),
+    ),
+    "traced reverse": (
+        lambda: jax.jit(lambda r: scan(X, N, reverse=r))(True),
+        "reverse is .*Python bool",
+        lambda: scan(X, N, reverse=True),
+    ),
+    "only a carry": (
+        lambda: scan(X, N, f=lambda h, x: h + x),
+        r"return \(h, h\)",
+        lambda: scan(X, N, f=lambda h, x: 2 * (h + x,)),
+    ),
+    "state of an LSTM": (
+        lambda: scan(X, N, init=LSTM, f=lambda c, x: (c[0] + x, c[1])),
+        r"return \(\(h, c\), h\)",
+        lambda: scan(X, N, init=LSTM, f=lambda c, x: ((c[0] + x, c[1]), c[0])),
+    ),
+    "one LSTM's init": (
+        lambda: both(X, N, init=LSTM, f=lambda p, c, x: ((c[0] + x, c[1]), c[0])),
+        r"\(\(h, c\), \(h, c\)\)",
+        lambda: both(
+            X, N, init=(LSTM, LSTM), f=lambda p, c, x: ((c[0] + x, c[1]), c[0])
+        ),
+    ),
+    "shapes of carries": (
+        lambda: scan(X, N, f=lambda h, x: (h[:, None], h)),
+        r"carry of float32\[3\], .* float32\[3,1\]",
+        None,
+    ),
+    "carry_in": (
+        lambda: scan(X, starts=MASK, carry_in=np.zeros((3, 2))),
+        r"carry_in is float\d+\[3,2\], but must be float32\[3\]",
+        lambda: scan(X, starts=MASK, carry_in=ZEROS),
+    ),
+}
+for f, x in ((scan, X), (both, X), (two, X3)):
+    SEVERAL = dict(cu_seqlens=[[0, 2, 4]] * 3), dict(segment_ids=IDS)
+    REMEDIES[f"packed lengths {f.__name__}"] = (
+        lambda f=f, x=x: f(x, [[2, 2]] * 3),
+        "cu_seqlens= or segment_ids=",
+        lambda f=f, x=x, several=SEVERAL: [f(x, **given) for given in several],
+    )
+    for name in ("lengths", "segment_ids"):
+        REMEDIES[f"mask as {name} {f.__name__}"] = (
+            lambda f=f, x=x, name=name: f(x, **{name: MASK}),
+            "mask= .*starts=",
+            lambda f=f, x=x: [f(x, mask=MASK), f(x, starts=MASK)],
+        )
+
+
+@pytest.mark.parametrize(
+    ("mistake", "pattern", "remedy"), REMEDIES.values(), ids=[*REMEDIES]
+)
+def test_remedies(mistake, pattern, remedy):
+    """Fails on an error without our name, or advice that fails when it is followed."""
+    ours = "(reverse|pack|scan|bidirectional|associative)[a-z_]*: "
+    with pytest.raises((TypeError, ValueError), match=f"(?s)^{ours}.*{pattern}"):
+        mistake()
+    if remedy is not None:
+        assert jax.tree.leaves(jax.block_until_ready(remedy()))
+
+
+@pytest.mark.peers
+def test_remedies_for_torch():
+    """Fails if the advice for a tensor or a PackedSequence does not work."""
+    torch = pytest.importorskip("torch")
+    x = torch.arange(12.0).reshape(3, 4)
+    half = x.to(torch.bfloat16)
+    with pytest.raises(TypeError, match=r"jax\.dlpack\.from_dlpack\(x"):
+        seq(half, N)
+    out = seq(jax.dlpack.from_dlpack(half.detach()), N)
+    assert_same_bits(out, seq(X, N).astype(jnp.bfloat16))
+    rnn = torch.nn.utils.rnn
+    packed = rnn.pack_padded_sequence(x, N, batch_first=True, enforce_sorted=False)
+    for f in (seq, pack_segments, scan, two):
+        with pytest.raises(TypeError, match=r"PackedSequence; .*pad_packed_sequence"):
+            f(packed, N)
+    padded, lengths = rnn.pad_packed_sequence(packed, batch_first=True)
+    assert_same_bits(seq(padded, lengths), seq(padded.numpy(), lengths.numpy()))

@@ -252,8 +252,7 @@ def test_symbolic_batch(f, encoding):
         return f(x, **{encoding: segments})
 
     first, second = ENCODINGS[encoding][:2]
-    specs = [("B", 5, 3), ("B", *first.shape[1:])]
-    specs = [jax.ShapeDtypeStruct(s, a.dtype) for s, a in zip(specs, (X, first))]
+    specs = [jax.ShapeDtypeStruct(("B", *a.shape[1:]), a.dtype) for a in (X, first)]
     model, run = export(call, *specs)
     wide = np.concatenate([X, -X]) / 30, np.concatenate([first, second])
     for arrays in (X / 30, first), wide:

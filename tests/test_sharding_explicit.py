@@ -6,6 +6,7 @@ the right values: a wrong replication passes any test that looks at shapes alone
 
 import contextlib
 import re
+import textwrap
 from functools import partial
 
 import jax
@@ -14,6 +15,7 @@ import numpy as np
 import pytest
 from jax.sharding import PartitionSpec as P
 
+import jax_revseg
 from jax_revseg import (
     _reference,
     associative_scan_segments,
@@ -217,6 +219,60 @@ def test_errors(x_spec, rows, message, jit):
     f = reverse_sequence if len(rows) == 1 else reverse_segments
     with jax.set_mesh(MESH), pytest.raises(ValueError, match=re.compile(message, re.S)):
         (jax.jit(f) if jit else f)(x, lengths)
+
+
+def ramp(x):
+    """A layer in which the position of a step counts, also in a block."""
+    t = jax.lax.broadcasted_iota(x.dtype, x.shape, 1)
+    if jax.typeof(x).sharding.mesh.manual_axes:
+        t += jax.lax.axis_index("b").astype(x.dtype) * x.shape[1]
+    return t * x
+
+
+@pytest.mark.parametrize(
+    "name, given",
+    (
+        ("reverse_sequence", "lengths"),
+        ("reverse_segments", "lengths"),
+        ("reverse_segments", "segment_ids"),
+        ("reverse_segments", "starts"),
+        ("bidirectional", "lengths"),
+        ("bidirectional", "segment_ids"),
+        ("bidirectional", "starts"),
+        ("bidirectional", "mask"),
+    ),
+)
+def test_remedies_of_a_sharded_segment_axis(name, given):
+    """Fails if the code in the error, or `reshard`, does not do what was asked for."""
+    host = integers((8, 6, 4))
+    ids = np.arange(6) // 2 + np.zeros((8, 1), int)
+    segments = {"segment_ids": ids, "starts": ids % 2 > 0, "mask": ids != 1}
+    if given == "lengths":
+        packed = name == "reverse_segments"
+        lengths = np.arange(16).reshape(8, 2) % 4 if packed else np.arange(8) % 7
+        segments = {given: lengths}
+    call = partial(getattr(jax_revseg, name), *[ramp, ramp][: 2 * (name[0] == "b")])
+    lies_like_x = given != "lengths"
+    s = put(MESH, segments[given], None, *["b"] * lies_like_x)
+    x = put(MESH, host, None, "b", None)
+    with pytest.raises(ValueError, match=r"(?s)axis 1 of x.*reshard") as error:
+        call(x, **{given: s})
+    if given == "mask":
+        with jax.set_mesh(MESH):
+            out = call(jax.sharding.reshard(x, P()), mask=segments[given])
+    else:
+        code = textwrap.dedent(str(error.value).partition("\n\n")[2])
+        spec = 'P(None, "b")' if lies_like_x else "P()"
+        for filled in ('P(None, "b", None)', spec):
+            code = code.replace("jax.P(...)", filled, 1)
+        names = {"jax": jax, "P": P, "forward": ramp, "backward": ramp, "x": x}
+        exec(code, names := {**names, name: getattr(jax_revseg, name), given: s})
+        out = names["out"]
+    want = np.asarray(call(host, **{given: jnp.asarray(segments[given])}))
+    valid = np.ones((8, 6), bool)
+    if (name, given) == ("bidirectional", "lengths"):  # Padding is left to layers.
+        valid = np.arange(6) < segments[given][:, None]
+    np.testing.assert_array_equal(np.asarray(out)[valid], want[valid])
 
 
 @pytest.mark.parametrize("x_axis, ids_axis", (("a", None), (None, "a")))
