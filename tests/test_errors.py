@@ -34,7 +34,7 @@ seq, seg, order = reverse_sequence, reverse_segments, reverse_segment_order
 TYPE_ERRORS = (
     (
         lambda: seq(X, X > 0),
-        "lengths has dtype bool.*reverse_segments: segment_ids=mask.astype.*starts=",
+        "lengths has dtype bool.*segment_ids=mask.astype.*reverse_segments.*starts=",
     ),
     # What x may be.
     (lambda: seq([1, 2], 1), r"x must be an array, but has type list.*asarray"),

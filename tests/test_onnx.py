@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from jax_revseg import (
+    associative_scan_segments,
     bidirectional,
     bidirectional_scan,
     pack_segments,
@@ -166,9 +167,10 @@ W = np.linspace(-0.5, 0.5, 9, dtype=np.float32).reshape(3, 3)
 
 
 def rnn_layer(w, x):
-    """A layer in lax alone, over (2, 5, 3)."""
+    """A layer of shape (N, T, 3)."""
     xs = jax.lax.transpose(x, (1, 0, 2))
-    ys = jax.lax.scan(partial(rnn_step, w), jnp.zeros((2, 3)), xs)[1]
+    init = jnp.zeros((x.shape[0], 3))
+    ys = jax.lax.scan(partial(rnn_step, w), init, xs)[1]
     return jax.lax.transpose(ys, (1, 0, 2))
 
 
@@ -243,10 +245,15 @@ def test_every_call(f, encoding, options):
         np.testing.assert_allclose(a, b, rtol=1e-5)
 
 
-@pytest.mark.parametrize("encoding", ["lengths", "mask"])
-@pytest.mark.parametrize("f", [scan, both])
+@pytest.mark.parametrize(
+    ("f", "encoding"),
+    [
+        *((f, "lengths") for f in (reverse_sequence, scan, both, two_layers)),
+        *((scan, encoding) for encoding in ("mask", "starts")),
+    ],
+)
 def test_symbolic_batch(f, encoding):
-    """A scan that needs one model for each batch size."""
+    """A call that needs one model for each batch size."""
 
     def call(x, segments):
         return f(x, **{encoding: segments})
@@ -304,6 +311,28 @@ def test_symbolic_sizes():
     with pytest.raises(NotImplementedError, match="needs shapes of integers"):
         jax2onnx.to_onnx(f, [(2, "T", 3)])
     jax.clear_caches()
+
+
+def test_what_jax2onnx_cannot_export():
+    """A page that says no to what has become possible."""
+    add = lambda carry, x: (carry + x, carry)  # noqa: E731
+    zeros = jnp.zeros((5, 3))
+
+    def lax_scan(x):
+        return jax.lax.scan(add, zeros, x, reverse=True)[1]
+
+    def lax_associative(x):
+        return jax.lax.associative_scan(jnp.add, x)
+
+    def associative(x):
+        return associative_scan_segments(jnp.add, x, LENGTHS[0])
+
+    def reverse(x):
+        return scan(x, LENGTHS[0], reverse=True)
+
+    for f in (lax_scan, reverse, lax_associative, associative):
+        with pytest.raises(NotImplementedError):
+            export(f, X)
 
 
 def test_without_jax2onnx(monkeypatch):
