@@ -43,13 +43,11 @@ _reverse_sequence_p.def_abstract_eval(lambda x, lengths: x.update())
 def _inline(ctx: Any, eqn: Any, fun: Any, symbolic: bool = False) -> None:
     """Lowers the equations of `fun` in place of `eqn`."""
     [outer] = eqn.outvars
-    if (
-        outer.aval == eqn.invars[0].aval and 0 in outer.aval.shape
-    ):  # Of a symbolic size.
-        ctx.bind_value_for_var(outer, ctx.get_value_for_var(eqn.invars[0]))
-        return
     avals = [jax.ShapeDtypeStruct(v.aval.shape, v.aval.dtype) for v in eqn.invars]
     sizes = [n for aval in avals for n in aval.shape]
+    if outer.aval == eqn.invars[0].aval and 0 in sizes:  # A reversal of nothing.
+        ctx.bind_value_for_var(outer, ctx.get_value_for_var(eqn.invars[0]))
+        return
     if not symbolic and not all(isinstance(n, int) for n in sizes):
         raise NotImplementedError(
             f"{eqn.primitive.name}: ONNX export needs shapes of integers, but the "
@@ -105,8 +103,6 @@ def _take(x: jax.Array, index: jax.Array, size: int) -> jax.Array:
 
 def _reverse(x: jax.Array, segments: jax.Array, *, layout: Layout, node: bool) -> Any:
     batch, size = len(layout.batch_axes), x.shape[layout.axis]
-    if 0 in (*x.shape, *segments.shape):
-        return x + jnp.zeros((), x.dtype) if x.dtype != bool else ~~x
     front = (*layout.batch_axes, layout.axis)
     order = (*front, *(a for a in range(x.ndim) if a not in front))
     moved = lax.transpose(x, order)

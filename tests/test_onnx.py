@@ -101,6 +101,11 @@ def test_empty(shape):
     check(reverse_sequence, x, np.zeros(shape[0], np.int32))
 
 
+def test_no_segments():
+    """A sum with zero, which turns -0.0 into 0.0, where there is nothing to move."""
+    check(reverse_segments, SIGNED, np.zeros((2, 0), np.int32))
+
+
 PACKED = np.array([[2, 0, 3], [5, 0, 0], [1, 1, 1], [-4, 3, 9], [0, 0, 0]], np.int32)
 IDS = np.array([[0, 0, 1, 1, 1], [1, 1, 0, 0, 1], [0, 1, 2, 3, 4], [2] * 5], np.int32)
 
