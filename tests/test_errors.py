@@ -450,7 +450,7 @@ REMEDIES = {
     ),
     "traced reverse": (
         lambda: jax.jit(lambda r: scan(X, N, reverse=r))(True),
-        "reverse is .*Python bool",
+        "reverse is .*True or False",
         lambda: scan(X, N, reverse=True),
     ),
     "only a carry": (
