@@ -50,10 +50,14 @@ def test_each_segment_is_combined_alone():
     clean["m"][0, :2] = 1e30  # Their product is infinite.
     carry_in = jax.tree.map(lambda x: x[::-1, -1], clean)
     valid = {name: valid_steps(**e)[..., None] for name, e in PACKED.items()}
-    cases = {  # Whether there is a `carry_in`: for each encoding in one direction.
-        (name, way): (i + way) % 2 == 0
-        for i, name in enumerate(PACKED)
-        for way in BOTH_WAYS
+    cases = {  # Whether there is a `carry_in`.
+        ("lengths", False): True,
+        ("lengths", True): False,
+        ("ids", True): True,
+        ("ids and padding", False): False,
+        ("ids and padding", True): True,
+        ("offsets", False): True,
+        ("starts", True): False,
     }
 
     def grad(scan, elems, valid, carried, **encoding):
@@ -115,24 +119,27 @@ def test_layouts_and_maps_are_exact(name):
     turn = lambda a: a.T if key in ("segment_ids", "starts") else a  # noqa: E731
     carry_in = tuple(x[::-1, 1] for x in elems)
 
+    first = list(PACKED).index(name) % 2  # Each way sees both directions.
+
     @jax.jit
     def run(elems, carry_in, segments):
-        outs = {}
-        for reverse in BOTH_WAYS:
-            scan = partial(associative_scan_segments, join, reverse=reverse, **more)
-            given = {"carry_in": carry_in, key: encoding[key]}
-            outs[reverse, "host"] = scan(elems, **given)
-            major, given[key] = jax.tree.map(jnp.transpose, elems), turn(segments)
-            outs[reverse, "time-major"] = tuple(
-                out.T for out in scan(major, axis=0, **given)
-            )
-            row = lambda x, c, s, scan=scan: scan(x, carry_in=c, **{key: s})  # noqa: E731
-            outs[reverse, "vmap"] = jax.vmap(row)(elems, carry_in, segments)
-        return outs
+        ways = (first == 0, first == 1)
+        one, other = (
+            partial(associative_scan_segments, join, reverse=way, **more)
+            for way in ways
+        )
+        given = {"carry_in": carry_in, key: encoding[key]}
+        host = one(elems, **given)
+        given[key] = turn(segments)
+        time_major = other(jax.tree.map(jnp.transpose, elems), axis=0, **given)
+        row = lambda x, c, s: one(x, carry_in=c, **{key: s})  # noqa: E731
+        mapped = jax.vmap(row)(elems, carry_in, segments)
+        return host, jax.tree.map(jnp.transpose, time_major), mapped
 
-    for (reverse, _), out in run(elems, carry_in, segments).items():
-        operands = jax.tree.map(jnp.asarray, (elems, carry_in))
-        same(out, combine_by_hand(join, *operands, reverse=reverse, **encoding))
+    operands = jax.tree.map(jnp.asarray, (elems, carry_in))
+    by_hand = partial(combine_by_hand, join, *operands, **encoding)
+    want = by_hand(reverse=first == 0), by_hand(reverse=first == 1)
+    same(run(elems, carry_in, segments), (*want, want[0]))
 
 
 @pytest.mark.parametrize("name", ("ids", "starts"))
@@ -151,14 +158,18 @@ def test_blocks_with_carry_in_are_one_scan(name):
             last = tuple(x[:, 0 if reverse else -1] for x in blocks[t])
             one = zip(last, (0, 1), strict=True)  # Joining nothing.
             carry = tuple(jnp.where(first[:, 3], nothing, x) for x, nothing in one)
-        got = tuple(map(partial(jnp.concatenate, axis=1), zip(blocks[0], blocks[4])))
+        got = tuple(
+            map(
+                partial(jnp.concatenate, axis=1), zip(blocks[0], blocks[4], strict=True)
+            )
+        )
         same(got, scan(elems, carry_in=carry_in, **{key: whole}))
 
 
 INF = float("inf")
 EXACT = {  # fn, elements, ids, gradient of the last result.
     "log": (jnp.logaddexp, [1, 2, -INF, 0], [0, 0, 1, 1], [0, 0, 0, 1]),
-    "infinity": (jnp.multiply, [INF, 2, 3, 4], [0, 0, 1, 1], [0, 0, 4, 3]),
+    "infinity": (jnp.multiply, [2, INF, 3, 4], [0, 1, 2, 2], [0, 0, 4, 3]),
     "infinite start": (jnp.multiply, [2, 3, 0, 4], [0, 1, 2, 2], [0, 0, 4, 0]),
     "hypotenuse": (jnp.hypot, [3, 0, 0, 4], [0, 0, 1, 1], [0, 0, 0, 1]),
 }
@@ -179,25 +190,26 @@ def test_gradients_stay_within_a_segment(name):
         close(jax.grad(last)(x, reverse), want)
 
 
-@pytest.mark.parametrize("lengths", ([3, 3], [3, 0], [3, 2]))
-def test_gradients_of_what_fn_closes_over(lengths):
+def test_gradients_of_what_fn_closes_over():
     x = np.array([[1, 2, 3], [2, 1, 5]], np.float32)
-    valid = np.arange(3) < np.array(lengths)[:, None]
 
     def norm(p, a, b):
         return (a**p + b**p) ** (1 / p)
 
-    def loss(p, x):
-        fn = partial(norm, p)
-        return jnp.sum(associative_scan_segments(fn, x, jnp.array(lengths)))
+    @jax.jit
+    @jax.grad
+    def grad(p, x, lengths):
+        return jnp.sum(associative_scan_segments(partial(norm, p), x, lengths))
 
-    def alone(p):
-        rows = (row[:n] for row, n in zip(x, lengths, strict=True) if n)
-        return sum(lax.associative_scan(partial(norm, p), r).sum() for r in rows)
+    @jax.grad
+    def alone(p, row):
+        return jnp.sum(lax.associative_scan(partial(norm, p), row))
 
-    for bad in (np.nan, 0, 1, np.inf):
-        got = jax.grad(loss)(2.0, np.where(valid, x, np.float32(bad)))
-        close(got, jax.grad(alone)(2.0), rtol=1e-4)
+    for lengths in (np.array(n) for n in ([3, 3], [3, 0], [3, 2])):
+        want = sum(alone(2.0, row[:n]) for row, n in zip(x, lengths, strict=True) if n)
+        for bad in (np.nan, 0, 1, np.inf):
+            filled = np.where(np.arange(3) < lengths[:, None], x, np.float32(bad))
+            close(grad(2.0, filled, lengths), want, rtol=1e-4)
 
 
 needs_8_devices = pytest.mark.skipif(jax.device_count() < 8, reason="needs 8 devices")
@@ -209,10 +221,22 @@ LONGER = {
     }
     for name, encoding in PACKED.items()
 }
-MESHES = {  # Axes of rows and steps; encodings.
-    "steps": (None, "s", tuple(PACKED)),
-    "rows and steps": ("r", "s", ("lengths", "ids")),
-    "steps over both": (None, ("s", "r"), ("offsets", "starts")),
+MESHES = {  # Axes of rows and steps; for encodings, whether reversed and carried on.
+    "steps": (
+        *(None, "s"),
+        {
+            "lengths": (False, True),
+            "ids": (True, False),
+            "ids and padding": (False, True),
+            "offsets": (True, True),
+            "starts": (False, False),
+        },
+    ),
+    "rows and steps": ("r", "s", {"lengths": (True, False), "ids": (False, True)}),
+    "steps over both": (
+        *(None, ("s", "r")),
+        {"offsets": (False, False), "starts": (True, True)},
+    ),
 }
 
 
@@ -234,14 +258,13 @@ def sharded(f, rows, steps, key):
 @pytest.mark.parametrize("name", MESHES)
 def test_a_sharded_segment_axis(name):
     """Fails if a state leaks over the edge of a block, or stops there."""
-    rows, steps, names = MESHES[name]
+    rows, steps, cases = MESHES[name]
     rng = np.random.default_rng(0)
     elems = {
         "m": rng.uniform(0.5, 1.5, (ROWS, SIZE, 2)).astype(np.float32),
         "v": rng.normal(size=(ROWS, SIZE, 2)).astype(np.float32),
     }
     carry_in = jax.tree.map(lambda x: x[::-1, 0] + 1, elems)
-    cases = {(n, way): (i + way) % 2 for i, n in enumerate(names) for way in BOTH_WAYS}
 
     def grad(scan, elems, carry_in):
         def loss(elems, carry_in):
@@ -256,7 +279,7 @@ def test_a_sharded_segment_axis(name):
     @jax.jit
     def run(elems, carry_in, encodings):
         outs = {}
-        for (n, reverse), carried in cases.items():
+        for n, (reverse, carried) in cases.items():
             (key, segments), *_ = encodings[n].items()
             more = {k: v for k, v in LONGER[n].items() if k != key}
 
@@ -273,16 +296,16 @@ def test_a_sharded_segment_axis(name):
 
             scan = sharded(one, rows, steps, key)
             scan = lambda e, c, scan=scan, s=segments: scan(e, c, s)  # noqa: E731
-            outs[n, reverse] = grad(scan, elems, carry_in)
+            outs[n] = grad(scan, elems, carry_in)
         return outs
 
-    got = run(elems, carry_in, {n: traced(LONGER[n]) for n in names})
-    for (n, reverse), carried in cases.items():
+    got = run(elems, carry_in, {n: traced(LONGER[n]) for n in cases})
+    for n, (reverse, carried) in cases.items():
         by_hand = lambda e, c, n=n, r=reverse, with_carry=carried: combine_by_hand(  # noqa: E731
             *(affine, e), carry_in=c if with_carry else None, reverse=r, **LONGER[n]
         )
         want = grad(by_hand, elems, carry_in)
-        close(jax.device_get(got[n, reverse]), jax.device_get(want), atol=1e-5)
+        close(jax.device_get(got[n]), jax.device_get(want), atol=1e-5)
 
 
 @needs_8_devices
