@@ -1,107 +1,45 @@
-"""The three scans beside a Python loop over rows, segments and steps.
+"""`scan_segments` and `bidirectional_scan` beside a Python loop over valid steps.
 
-The oracle calls `f` for the valid steps alone. Gradients are compared too, of `init`,
-of `xs` and of what `f` closes over, with NaN and infinity in the padding.
+The loop calls `f` for the valid steps alone. Gradients are compared too, of `init`,
+`carry_in`, `xs` and of what `f` closes over, with NaN and infinity in the padding.
 """
 
+import gc
+import weakref
 from functools import cache, partial
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax import lax
 
 from jax_revseg import (
-    _reference,
+    _programs,
     associative_scan_segments,
     bidirectional_scan,
     scan_segments,
 )
-
-N, T, D = 4, 7, 3
-LENGTHS = np.array([7, 0, 3, 1])
-IDS = np.array(
-    [
-        [5, 5, 5, 2, 2, 5, 5],
-        [0, 0, 0, 0, 0, 0, 0],
-        [0, 1, 1, 0, 1, 1, 0],
-        [3, 0, 0, 3, 0, 0, 0],
-    ]
+from tests.ragged import (
+    ENCODINGS,
+    IDS,
+    LENGTHS,
+    MASK,
+    STARTS,
+    TRACED,
+    N,
+    T,
+    close,
+    same,
+    scan_by_hand,
+    traced,
+    valid_steps,
+    weighted,
 )
-OFFSETS = np.array([[0, 2, 2, 5], [0, 0, 0, 0], [0, 7, 7, 7], [0, 1, 2, 4]])
-MASK = np.array(
-    [
-        [1, 1, 0, 0, 1, 0, 1],
-        [0, 0, 0, 0, 0, 0, 0],
-        [0, 0, 1, 1, 1, 1, 1],
-        [1, 1, 1, 1, 1, 1, 1],
-    ],
-    bool,
-)
-ENCODINGS = {
-    "lengths": dict(lengths=LENGTHS),
-    "ids": dict(segment_ids=IDS),
-    "ids and padding": dict(segment_ids=IDS, padding_id=0),
-    "offsets": dict(cu_seqlens=OFFSETS),
-    "mask": dict(mask=MASK),
-}
-# Of each, the part that may be traced. The other is static.
-TRACED = {
-    name: {k: v for k, v in encoding.items() if k != "padding_id"}
-    for name, encoding in ENCODINGS.items()
-}
 
-
-def segments_of_row(n, *, lengths=None, segment_ids=None, cu_seqlens=None, mask=None,
-                    padding_id=None):  # fmt: skip
-    """For each segment of a row, its steps."""
-    if lengths is not None:
-        return [range(lengths[n])]
-    if mask is not None:
-        return [np.flatnonzero(mask[n])]
-    if cu_seqlens is not None:
-        bounds = zip(cu_seqlens[n][:-1], cu_seqlens[n][1:], strict=True)
-    else:
-        bounds = _reference.id_bounds(segment_ids[n], padding_id)
-    return [range(start, end) for start, end in bounds]
-
-
-def valid_steps(**encoding):
-    valid = np.zeros((N, T), bool)
-    for n in range(N):
-        for steps in segments_of_row(n, **encoding):
-            valid[n, list(steps)] = True
-    return valid
-
-
-@jax.jit  # One program for all positions.
-def step_of(tree, n, t):
-    return jax.tree.map(lambda leaf: leaf[n, t][None], tree)
-
-
-def oracle(f, init, xs, reverse=False, **encoding):
-    """One row, one segment, one step at a time; `f` sees batches of one row."""
-    carries, ys = [], []
-    for n in range(N):
-        start = jax.tree.map(lambda leaf, n=n: leaf[n : n + 1], init)
-        last, row = start, {}
-        segments = [list(steps) for steps in segments_of_row(n, **encoding)]
-        for steps in reversed(segments) if reverse else segments:
-            carry = start
-            for t in reversed(steps) if reverse else steps:
-                x = step_of(xs, n, t)
-                carry, row[t] = f(carry, x)
-                last = carry
-        carries.append(last)
-        ys.append(row)
-    some = next((y for row in ys for y in row.values()), None)
-    zero = jax.tree.map(jnp.zeros_like, some)
-    rows = [
-        jax.tree.map(lambda *y: jnp.stack(y, 1), *(row.get(t, zero) for t in range(T)))
-        for row in ys
-    ]
-    concatenate = partial(jax.tree.map, lambda *leaves: jnp.concatenate(leaves))
-    return concatenate(*carries), concatenate(*rows)
+D = 3
+BOTH_WAYS = (False, True)
+AUTO = (jax.sharding.AxisType.Auto,)
 
 
 def gru(w, carry, x):
@@ -112,12 +50,13 @@ def gru(w, carry, x):
     return (h, count + 1), {"h": h, "count": count}
 
 
+@jax.jit  # The loop by hand calls one program faster than its operations.
 def norm(w, carry, x):
     """The derivative is infinite where x or the carry is 0, and NaN below 0."""
     h, count = carry
     size = jnp.sqrt(jnp.sum((x["a"] @ w["z"]) ** 2, -1, keepdims=True))
-    h = jnp.sqrt(h**2 + size) * jnp.log(1 + size) / jnp.sqrt(x["b"])[:, None]
-    return (h, count), {"h": h, "log": jnp.log(h)}
+    h = jnp.sqrt(h**2 + size) * jnp.log(1 + w["h"][0]) / jnp.sqrt(x["b"])[:, None]
+    return (h, count + 1), {"h": h, "log": jnp.log(h), "count": count}
 
 
 def make(bad=np.nan, **encoding):
@@ -132,69 +71,57 @@ def make(bad=np.nan, **encoding):
     return w, init, xs
 
 
-def weighted(carry, ys):
-    """A scalar of all floating results, in which each counts differently."""
-    leaves = [
-        x for x in jax.tree.leaves((carry, ys)) if jnp.issubdtype(x.dtype, jnp.floating)
-    ]
-    return sum(
-        jnp.sum(x * jnp.cos(jnp.arange(x.size).reshape(x.shape))) for x in leaves
-    )
+def values_and_gradients(scan, w, init, carry_in, xs, **more):
+    """Of the weights, of the floating parts of the carries, and of xs."""
 
-
-def close(actual, desired, rtol=2e-5):
-    same = jax.tree.structure(actual) == jax.tree.structure(desired)
-    assert same, (actual, desired)
-    for a, b in zip(jax.tree.leaves(actual), jax.tree.leaves(desired), strict=True):
-        assert a.dtype == b.dtype
-        np.testing.assert_allclose(a, b, rtol=rtol, atol=1e-6)
-
-
-@jax.jit  # The oracle calls one program faster than its operations.
-def gru_and_norm(w, carry, x):
-    """Both, each with weights and a carry of its own."""
-    outs = gru(w[0], carry[0], x), norm(w[1], carry[1], x)
-    return tuple(zip(*outs, strict=True))
-
-
-def values_and_gradients(scan, w, init, xs, **more):
-    """Of the weights, of the floating parts of init, and of xs."""
-    h, count = init
-
-    def loss(w, hs, xs):
-        starts = tuple((h, count) for h in hs)
-        out = scan(partial(gru_and_norm, w), starts, xs, **more)
+    def loss(w, h, h_in, xs):
+        if carry_in is not None:
+            more["carry_in"] = (h_in, carry_in[1])
+        out = scan(partial(norm, w), (h, init[1]), xs, **more)
         return weighted(*out), out
 
-    grad = jax.value_and_grad(loss, (0, 1, 2), has_aux=True)
-    (_, out), grads = grad((w, w), (h, h), xs)
+    grad = jax.value_and_grad(loss, (0, 1, 2, 3), has_aux=True)
+    (_, out), grads = grad(w, init[0], 0.0 if carry_in is None else carry_in[0], xs)
     return out, grads
 
 
 def test_values_and_gradients_are_those_of_valid_steps_alone():
-    @partial(jax.jit, static_argnames="reverse")  # Compilation takes the time.
-    def run(w, init, xs, traced, reverse):
-        scan = partial(scan_segments, reverse=reverse)
+    """Also fails if a row goes on from `init` where it has a `carry_in`."""
+    w, init, _ = make(**ENCODINGS["lengths"])
+    carry_in = (init[0][::-1] + 1, init[1] + 10)
+    options = ((None, None), (carry_in, 3))  # The last chunk is not full.
+    cases = {  # Each encoding and each direction has both.
+        (name, way): options[(i + way) % 2]
+        for i, name in enumerate(ENCODINGS)
+        for way in BOTH_WAYS
+    }
+
+    @jax.jit  # Compilation takes the time.
+    def run(w, init, xs, encodings):
         return {
-            name: values_and_gradients(
-                scan, w, init, xs[name], **encoding | traced[name]
+            (name, way): values_and_gradients(
+                partial(scan_segments, reverse=way, chunk=chunk),
+                *(w, init, carry_in, xs[name]),
+                **ENCODINGS[name] | encodings[name],
             )
-            for name, encoding in ENCODINGS.items()
+            for (name, way), (carry_in, chunk) in cases.items()
         }
 
-    for reverse in (False, True):
-        desired = {}
-        for name, encoding in ENCODINGS.items():
-            w, init, xs = make(1.0, **encoding)
-            scan = partial(oracle, reverse=reverse)
-            desired[name] = values_and_gradients(scan, w, init, xs, **encoding)
-        for bad in (np.nan, np.inf, 0.0):
-            xs = {name: make(bad, **e)[2] for name, e in ENCODINGS.items()}
-            close(run(w, init, xs, TRACED, reverse), desired)
+    desired = {
+        (name, way): values_and_gradients(
+            partial(scan_by_hand, reverse=way),
+            *(w, init, carry_in, make(1.0, **ENCODINGS[name])[2]),
+            **ENCODINGS[name],
+        )
+        for (name, way), (carry_in, _) in cases.items()
+    }
+    for bad in (np.nan, np.inf, 0.0):
+        xs = {name: make(bad, **e)[2] for name, e in ENCODINGS.items()}
+        close(run(w, init, xs, TRACED), desired)
 
 
 def test_bidirectional_scan_is_two_scans():
-    names = ("lengths", "ids and padding", "mask")
+    names = ("ids and padding", "starts", "mask")
     w, init, _ = make(**ENCODINGS["lengths"])
     params = (w, jax.tree.map(lambda a: a / 2, w))
     inits = (init, jax.tree.map(lambda a: a + 1, init))
@@ -202,7 +129,7 @@ def test_bidirectional_scan_is_two_scans():
     def two(f, params, inits, xs, **encoding):
         ways = [
             scan_segments(partial(f, p), init, xs, reverse=reverse, **encoding)
-            for p, init, reverse in zip(params, inits, (False, True), strict=True)
+            for p, init, reverse in zip(params, inits, BOTH_WAYS, strict=True)
         ]
         return tuple(zip(*ways, strict=True))
 
@@ -220,81 +147,386 @@ def test_bidirectional_scan_is_two_scans():
     close(run(bidirectional_scan, *operands), run(two, *operands))
 
 
-def affine(a, b):
-    """Composition of x -> m x + v: not commutative."""
-    return {"m": b["m"] * a["m"], "v": b["m"] * a["v"] + b["v"]}
+def undefined_at_zero(algebra, w, carry, x):
+    """None of these has a gradient where a row holds zeros, or one value."""
+    c, h = carry
+    m, v = x["matrix"], x["vector"]
+    terms = [jnp.log(x["count"]), 1 / x["count"], jnp.sqrt(x["price"] - 100)]
+    terms.append(v[:, 0] / jnp.std(v, -1))
+    if algebra:
+        terms.append(jnp.linalg.inv(m)[:, 0, 1])
+        terms.append(jnp.linalg.solve(m, v[..., None])[:, 0, 0])
+        terms.append(jnp.linalg.slogdet(m)[1])
+        terms.append(jnp.linalg.cholesky(m @ m.mT)[:, 1, 0])
+    h = jnp.sqrt(c**2 * h) + x["price"]
+    c = c + sum(w[i] * term for i, term in enumerate(terms))
+    return (c, h), c
 
 
-def log_sum_exp(a, b):
-    """The derivative at two infinities is NaN."""
-    return {"m": a["m"] * b["m"], "v": jnp.logaddexp(a["v"], b["v"])}
+ROOTS, ALGEBRA = (partial(undefined_at_zero, algebra) for algebra in BOTH_WAYS)
+
+
+def test_a_row_without_a_valid_step_borrows_one():
+    """Fails if the gradient of the weights is NaN since such a row holds zeros."""
+    rng = np.random.default_rng(0)
+    xs = {
+        "count": np.array([[3, 1, 2], [0, 0, 0]]),
+        "price": np.array([[101, 104, 102], [np.nan] * 3], np.float32),
+        "matrix": rng.normal(size=(2, 3, 2, 2)).astype(np.float32),
+        "vector": rng.normal(size=(2, 3, 2)).astype(np.float32),
+    }
+    xs["matrix"][1], xs["vector"][1] = 0, 1
+    xs["matrix"][0] += 3 * np.eye(2)
+    init = np.array([1, 0], np.float32), np.array([1, 0], np.float32)
+    encodings = {
+        "lengths": np.array([3, 0]),
+        "cu_seqlens": np.array([[0, 3], [0, 0]]),
+        "mask": np.array([[1, 1, 1], [0, 0, 0]], bool),
+        "segment_ids": np.array([[1, 1, 1], [0, 0, 0]]),
+    }
+    cases = (
+        (ALGEBRA, "lengths", dict(reverse=False)),
+        (ROOTS, "cu_seqlens", dict(reverse=True, chunk=2)),
+        (ROOTS, "mask", dict(reverse=False)),
+        (ROOTS, "segment_ids", dict(reverse=True, padding_id=0)),
+    )
+    w = np.ones(8, np.float32)
+
+    def summed(f):
+        return lambda *operands: sum(map(jnp.sum, jax.tree.leaves(f(*operands))))
+
+    @jax.jit
+    def alone(w, init, xs):
+        """The first row by `lax.scan`."""
+        init = jax.tree.map(lambda a: a[:1], init)
+        xs = jax.tree.map(lambda x: jnp.moveaxis(x[:1], 1, 0), xs)
+
+        def grad(f, reverse):
+            loss = lambda w: lax.scan(partial(f, w), init, xs, reverse=reverse)  # noqa: E731
+            return jax.grad(summed(loss))(w)
+
+        return grad(ALGEBRA, False), grad(ROOTS, False), grad(ROOTS, True)
+
+    @jax.jit
+    def run(w, init, xs, encodings):
+        def one(f, w, init, **more):
+            return scan_segments(partial(f, w), init, xs, **more)
+
+        def both(w, init):
+            inits = init, init
+            return bidirectional_scan(ROOTS, w, inits, xs, encodings["lengths"])
+
+        grads = [
+            jax.grad(
+                summed(partial(one, f, **more, **{name: encodings[name]})), (0, 1)
+            )(w, init)
+            for f, name, more in cases
+        ]
+        return grads, jax.grad(summed(both), (0, 1))((w, w), init)
+
+    algebra, roots, back = alone(w, init, xs)
+    assert np.isfinite(roots + back).all() and np.isfinite(algebra).all()
+    for order in (slice(None), slice(None, None, -1)):  # Also with that row first.
+        operands = jax.tree.map(lambda a: a[order], (init, xs, encodings))  # noqa: B023
+        grads, (both, both_init) = run(w, *operands)
+        want = algebra, back, roots, back, roots, back
+        for a, b in zip((*(w for w, _ in grads), *both), want, strict=True):
+            close(a, b, rtol=1e-4)
+        inits = jax.tree.leaves(([init for _, init in grads], both_init))
+        assert np.isfinite(inits).all()
+
+
+def test_a_batch_without_a_valid_step_has_finite_gradients():
+    def loss(w, lengths):
+        f = lambda c, x: (jnp.sqrt(c) * w + jnp.log(x), None)  # noqa: E731
+        return scan_segments(f, jnp.ones(2), jnp.zeros((2, 3)), lengths)[0].sum()
+
+    assert jax.grad(loss)(1.0, jnp.array([0, 0])) == 0
+    counts, lengths = jnp.array([[3, 1, 2], [0, 0, 0]]), jnp.array([3, 0])
+    log = lambda w: scan_segments(  # noqa: E731
+        lambda c, k: (c + w * jnp.log(k), None), jnp.zeros(2), counts, lengths
+    )[0].sum()
+    np.testing.assert_allclose(jax.grad(log)(1.0), np.log(6), rtol=1e-6)
 
 
 @jax.jit
-def affine_and_log_sum_exp(a, b):
-    return affine(a[0], b[0]), log_sum_exp(a[1], b[1])
-
-
-def combine_all(fn, elems, reverse, **encoding):
-    """One step after the other; zero at padding."""
-    rows = []
-    zero = jax.tree.map(jnp.zeros_like, step_of(elems, 0, 0))
-    for n in range(N):
-        row = [zero] * T
-        for steps in segments_of_row(n, **encoding):
-            total = None
-            for t in reversed(steps) if reverse else steps:
-                x = step_of(elems, n, t)
-                total = row[t] = x if total is None else fn(total, x)
-        rows.append(jax.tree.map(lambda *leaves: jnp.stack(leaves, 1), *row))
-    return jax.tree.map(lambda *leaves: jnp.concatenate(leaves), *rows)
-
-
-def test_associative_scan_combines_each_segment_alone():
-    """Fails if a product overflows into the next segment, or a NaN in the padding
-    reaches a gradient."""
-    encodings = {k: e for k, e in ENCODINGS.items() if "mask" not in e}
-    rng = np.random.default_rng(0)
-    clean = {"m": rng.uniform(0.5, 1.5, (N, T, 1)), "v": rng.normal(size=(N, T, 2))}
-    clean = jax.tree.map(np.float32, clean)
-    clean["m"][0, :2] = 1e30  # Their product is infinite.
-    valid = {name: valid_steps(**e)[..., None] for name, e in encodings.items()}
-
-    def grad(scan, elems, valid, reverse, encoding):
-        def loss(elems):
-            pair = (elems, elems)
-            out = scan(affine_and_log_sum_exp, pair, reverse=reverse, **encoding)
-            out = jax.tree.map(lambda y: jnp.where(valid, y, 0), out)
-            finite = jax.tree.map(lambda y: jnp.where(abs(y) < 1e20, y, 0), out)
-            return weighted((), finite), out
-
-        return jax.grad(loss, has_aux=True)(elems)
-
-    def at(valid, fill):
-        return jax.tree.map(lambda x: np.where(valid, x, np.float32(fill)), clean)
-
-    @partial(jax.jit, static_argnames="reverse")
-    def run(elems, valid, traced, reverse):
-        scan = associative_scan_segments
-        return {
-            name: grad(scan, elems[name], valid[name], reverse, e | traced[name])
-            for name, e in encodings.items()
-        }
-
-    for reverse in (False, True):
-        want = {
-            name: grad(combine_all, at(valid[name], 1), valid[name], reverse, e)
-            for name, e in encodings.items()
-        }
-        for bad in (np.nan, np.inf):
-            elems = {name: at(v, bad) for name, v in valid.items()}
-            close(run(elems, valid, TRACED, reverse), want)  # Padding gets zeros, too.
-
-
 def total(scale, carry, x):
     """Exact on integers, and different for every order of steps."""
     carry = 10 * carry + scale * x
     return carry, carry
+
+
+def exact():
+    """Integers: rows, inits, carries that enter."""
+    xs = np.random.default_rng(1).integers(1, 10, (N, T)).astype(np.int32)
+    return np.arange(N, dtype=np.int32) + 1, np.arange(N, dtype=np.int32) + 6, xs
+
+
+@pytest.mark.parametrize("name", ENCODINGS)
+def test_layouts_chunks_and_maps_are_exact(name):
+    """Time-major data, two batch axes, chunks of any size, and rows under vmap."""
+    f = partial(total, 1)
+    init, carry_in, xs = exact()
+    encoding = ENCODINGS[name]
+    (key, segments), *_ = traced(encoding).items()
+    more = {k: v for k, v in encoding.items() if k != key}
+    per_step = key in ("segment_ids", "starts", "mask")
+    square = lambda a: a.reshape(2, 2, *a.shape[1:])  # noqa: E731
+    middle = lambda a: jnp.moveaxis(square(a), -1, 1)  # noqa: E731
+    turn = lambda a: a.T if per_step else a  # noqa: E731
+
+    def host(scan, init, carry_in, xs, segments):
+        return scan(init, xs, carry_in=carry_in, chunk=10, **{key: encoding[key]})
+
+    def time_major(scan, init, carry_in, xs, segments):
+        given = {key: turn(segments), "carry_in": carry_in}
+        carry, ys = scan(init, xs.T, axis=0, chunk=3, **given)
+        return carry, ys.T
+
+    def two_batch_axes(scan, init, carry_in, xs, segments):
+        given = {key: (middle if per_step else square)(segments)}
+        given["carry_in"] = square(carry_in)
+        carry, ys = scan(square(init), middle(xs), axis=1, **given)
+        return carry.reshape(N), jnp.moveaxis(ys, 1, -1).reshape(N, T)
+
+    def rows(scan, init, carry_in, xs, segments):
+        one = lambda i, c, x, s: scan(i, x, carry_in=c, chunk=4, **{key: s})  # noqa: E731
+        return jax.vmap(one)(init, carry_in, xs, segments)
+
+    def only_encodings(scan, init, carry_in, xs, segments):
+        one = lambda s: scan(init, xs, carry_in=carry_in, chunk=7, **{key: s})  # noqa: E731
+        two = jnp.stack([segments, segments[::-1]])
+        return jax.tree.map(lambda out: out[0], jax.vmap(one)(two))
+
+    ways = (host, time_major, two_batch_axes, rows, only_encodings)
+    first = list(ENCODINGS).index(name) % 2  # Each way sees both directions.
+
+    @jax.jit
+    def run(*operands):
+        scan = partial(scan_segments, f, **more)
+        return [
+            way(partial(scan, reverse=(first + i) % 2 == 0), *operands)
+            for i, way in enumerate(ways)
+        ]
+
+    init, carry_in, xs = map(jnp.asarray, (init, carry_in, xs))
+    by_hand = partial(scan_by_hand, f, init, xs, carry_in, **encoding)
+    want = [by_hand(reverse=reverse) for reverse in BOTH_WAYS]
+    for i, out in enumerate(run(init, carry_in, xs, segments)):
+        same(out, want[(first + i) % 2 == 0])
+
+
+@pytest.mark.parametrize("name", ("segment_ids", "mask", "starts"))
+def test_time_major_steps_of_a_square(name):
+    """Fails if `(T, N)` is taken for `(N, T)` where both are equal."""
+    init, _, xs = (jnp.asarray(a[..., :N]) for a in exact())
+    segments = {"segment_ids": IDS, "mask": MASK, "starts": STARTS}[name][:, :N]
+    want = scan_by_hand(partial(total, 1), init, xs, **{name: segments})
+    scan = partial(scan_segments, partial(total, 1), init)
+    c, y = scan(xs.T, axis=0, **{name: segments.T})
+    same((c, y.T), want)
+    same(scan(xs, **{name: segments}), want)
+
+
+@pytest.mark.parametrize("name", ("lengths", "ids", "starts", "mask"))
+def test_blocks_with_carry_in_are_one_scan(name):
+    """Also fails if a row without a valid step loses its carry."""
+    f = jax.jit(partial(total, 1))
+    (key, whole), *_ = traced(ENCODINGS[name]).items()
+    init, carry_in, xs = exact()
+    if key != "lengths":
+        whole = np.concatenate([whole, whole[:, -1:]], 1)
+    xs = np.concatenate([xs, xs[:, :1]], 1)
+    first = np.zeros((N, 9), bool)  # Of a segment, but for those of rows.
+    if key == "starts":
+        first[:, 1:8] = whole[:, 1:]
+    elif key == "segment_ids":
+        first[:, 1:8] = whole[:, 1:] != whole[:, :-1]
+
+    for reverse in BOTH_WAYS:
+        scan = jax.jit(partial(scan_segments, f, reverse=reverse))
+        carry, ys = carry_in, {}
+        for t in (4, 0) if reverse else (0, 4):
+            part = np.clip(whole - t, 0, 4) if key == "lengths" else whole[:, t : t + 4]
+            anew = first[:, t + 4 if reverse else t]
+            carry = jnp.where(anew, init, carry)
+            given = {key: part, "carry_in": carry}
+            carry, ys[t] = scan(init, xs[:, t : t + 4], **given)
+        ys = np.concatenate([ys[0], ys[4]], 1)
+        want = scan(init, xs, carry_in=carry_in, **{key: whole})
+        same((carry, ys), jax.device_get(want))
+
+
+def test_chunks_are_skipped_where_no_row_has_a_step():
+    seen, xs = [], jnp.ones((2, 12), int)
+
+    def f(carry, x):
+        jax.debug.callback(lambda: seen.append(1))
+        return total(1, carry, x)
+
+    def steps(reverse, chunk, mapped=False, **encoding):
+        scan = partial(scan_segments, f, jnp.zeros(2, int), xs, reverse=reverse)
+        scan = partial(scan, chunk=chunk)
+        if mapped:
+            jax.vmap(lambda s: scan(**s))(jax.tree.map(lambda s: s[None], encoding))
+        else:
+            scan(**encoding)
+        jax.effects_barrier()
+        taken = len(seen)
+        seen.clear()
+        return taken
+
+    lengths, mask = jnp.array([2, 4]), jnp.arange(12) // 6 == jnp.array([[1], [3]])
+    for reverse in BOTH_WAYS:
+        assert steps(reverse, 3, lengths=lengths) == 6
+    assert steps(False, 5, lengths=lengths * 0) == 0
+    assert steps(True, 2, mask=mask) == 6
+    assert steps(False, 4, starts=mask) == 12
+    assert steps(False, 3, mapped=True, lengths=lengths) == 12
+
+
+@pytest.mark.skipif(jax.device_count() < 4, reason="needs 4 devices")
+def test_chunks_with_a_collective_in_f():
+    """Fails if a device skips a chunk whose collective another waits for."""
+    mesh, rows = jax.make_mesh((4,), ("d",), axis_types=AUTO), jax.P("d")
+    xs = jnp.asarray(np.random.default_rng(0).normal(size=(4, 8)), jnp.float32)
+    lengths, init = jnp.array([1, 0, 8, 3]), jnp.ones(4)
+
+    def loss(w, xs, lengths, chunk, reverse):
+        f = lambda c, x: (w * c + lax.psum(x * c, "d"), c)  # noqa: E731
+        scan = partial(scan_segments, f, init[:1], reverse=reverse, chunk=chunk)
+        carry, ys = scan(xs, lengths)
+        return lax.psum(jnp.sum(jnp.sin(carry)) + jnp.sum(jnp.cos(ys)), "d")
+
+    def grad(chunk, reverse):
+        one = partial(loss, chunk=chunk, reverse=reverse)
+        specs = (jax.P(), rows, rows)
+        sharded = jax.shard_map(one, mesh=mesh, in_specs=specs, out_specs=jax.P())
+        run = jax.jit(jax.value_and_grad(sharded, (0, 1)))
+        return run(jnp.float32(0.5), xs, lengths)
+
+    close(grad(2, True), grad(None, True))
+
+
+class Cell:
+    def __call__(self, carry, x):
+        return carry + x, carry
+
+    method = __call__
+
+
+class Product:
+    def __call__(self, a, b):
+        return a * b
+
+    combine = __call__
+
+    def step(self, _, carry, x):
+        return carry * x, carry
+
+
+def adding(_, carry, x):
+    return carry + x, carry
+
+
+CELL, PRODUCT = Cell(), Product()
+KINDS = {
+    "function": (lambda c, x: (c + x, c), jnp.logaddexp, adding),
+    "partial": (partial(adding, None), partial(jnp.add), partial(adding)),
+    "bound method": (CELL.method, PRODUCT.combine, PRODUCT.step),
+    "callable object": (CELL, PRODUCT, adding),
+}
+
+
+def eager_calls(f, fn, g, xs, init, lengths, ways=(True,)):
+    """The three scans, and the gradient of one."""
+    for reverse in ways:
+        scan = partial(scan_segments, f, init, xs, lengths, reverse=reverse)
+        scan()
+        scan(chunk=2, carry_in=init)
+        associative_scan_segments(fn, xs, lengths, reverse=reverse)
+        loss = lambda init, r=reverse: scan_segments(  # noqa: E731
+            f, init, xs, lengths, reverse=r
+        )[0]
+        jax.vjp(loss, init)[1](init)
+    bidirectional_scan(g, (init[0], init[1]), (init, init), xs, lengths)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_repeated_eager_call_compiles_nothing(kind, caplog):
+    f, fn, g = KINDS[kind]
+    ways = BOTH_WAYS if kind == "function" else (False,)
+    operands = jnp.ones((2, 4)), jnp.zeros(2), jnp.array([4, 2])
+    with jax.log_compiles(), caplog.at_level("WARNING"):
+        eager_calls(f, fn, g, *operands, ways)
+        compiled = [r for r in caplog.messages if "XLA compilation" in r]
+        assert len(compiled) >= 5
+        caplog.clear()
+        eager_calls(f, fn, g, *operands, ways)
+        assert not [r for r in caplog.messages if "compil" in r.lower()]
+
+
+def test_a_new_lambda_is_kept_no_longer_than_it_lives():
+    operands = jnp.ones((2, 4)), jnp.zeros(2), jnp.array([4, 2])
+    gc.collect()
+    before, refs = len(_programs._programs), []
+
+    def call():
+        new = [lambda c, x: (c + x, c), lambda a, b: a + b, lambda p, c, x: (c + x, c)]
+        refs.extend(map(weakref.ref, new))
+        eager_calls(*new, *operands)
+        assert len(_programs._programs) == before + 3
+
+    def fail(carry, x):
+        raise RuntimeError
+
+    call()
+    refs.append(weakref.ref(fail))
+    with pytest.raises(RuntimeError):
+        scan_segments(fail, operands[1], operands[0], operands[2])
+    del fail
+    gc.collect()
+    assert [ref() for ref in refs] == [None] * 4
+    assert len(_programs._programs) == before
+
+
+def test_a_gradient_keeps_what_that_of_a_plain_scan_keeps():
+    """Fails if the loop saves a mask as large as what it selects."""
+    n, t, d = 64, 512, 128
+    x, h, a = (jax.ShapeDtypeStruct(s, jnp.float32) for s in ((n, t, d), (n, d), (d,)))
+    step = lambda a, c, x: (a * c + x,) * 2  # noqa: E731
+
+    def plain(a, h, x, _):
+        ys = lax.scan(partial(step, a), h, jnp.moveaxis(x, 1, 0))[1]
+        return jnp.sum(jnp.sin(jnp.moveaxis(ys, 0, 1)))
+
+    def ragged(name, reverse, a, h, x, segments):
+        scan = partial(scan_segments, partial(step, a), h, x, reverse=reverse)
+        return jnp.sum(jnp.sin(scan(**{name: segments})[1]))
+
+    def temporaries(loss, segments):
+        grad = jax.jit(jax.grad(loss, (0, 1, 2))).lower(a, h, x, segments)
+        return grad.compile().memory_analysis().temp_size_in_bytes
+
+    lengths, ids = (jax.ShapeDtypeStruct(s, jnp.int32) for s in ((n,), (n, t)))
+    limit = 1.05 * temporaries(plain, lengths)
+    assert temporaries(partial(ragged, "lengths", False), lengths) <= limit
+    assert temporaries(partial(ragged, "segment_ids", True), ids) <= limit
+
+
+def test_steps_that_are_all_valid_cost_one_selection():
+    """Fails if ids without padding select anything but the carry at a start."""
+    xs = jnp.ones((2, 4))
+
+    def text(carry_in=None, **encoding):
+        scan = partial(scan_segments, lambda c, x: (c + x, c), jnp.zeros(2))
+        return str(jax.make_jaxpr(partial(scan, carry_in=carry_in))(xs, **encoding))
+
+    ids = text(segment_ids=jnp.zeros((2, 4), int))
+    starts = text(starts=xs > 0, carry_in=jnp.ones(2))
+    assert ids.count("select_n") == starts.count("select_n") == 1
+    assert text(lengths=jnp.array([1, 2])).count("select_n") > 1
+    assert "cumsum" not in starts and "gather" not in starts
 
 
 DIGITS = np.array([[1, 2, 3, 4], [5, 6, 7, 8]])
@@ -343,7 +575,8 @@ def test_dtypes_and_keys():
 
 
 @pytest.mark.parametrize("shape", ((2, 0), (0, 4), (2, 4)))
-def test_nothing_to_scan_returns_init(shape):
+@pytest.mark.parametrize("chunk", (None, 3))
+def test_nothing_to_scan_returns_the_carry(shape, chunk):
     xs, init = jnp.ones(shape), jnp.arange(shape[0], dtype=float)
 
     @jax.jit
@@ -351,11 +584,12 @@ def test_nothing_to_scan_returns_init(shape):
         outs, shapes = [], []
         for encoding in encodings:
             padding = {"padding_id": 0} if "segment_ids" in encoding else {}
-            scan = partial(scan_segments, lambda c, x: (c * x, c), init, xs)
-            outs += [scan(reverse=way, **encoding, **padding) for way in (False, True)]
+            more = dict(carry_in=init + 1, chunk=chunk, **encoding, **padding)
+            scan = partial(scan_segments, lambda c, x: (c * x, c), init, xs, **more)
+            outs += [scan(reverse=way) for way in BOTH_WAYS]
             if "mask" not in encoding:
-                out = associative_scan_segments(jnp.add, xs, **encoding, **padding)
-                shapes.append(out.shape)
+                del more["chunk"]
+                shapes.append(associative_scan_segments(jnp.add, xs, **more).shape)
         assert set(shapes) == {shape}
         return outs
 
@@ -365,7 +599,24 @@ def test_nothing_to_scan_returns_init(shape):
         dict(segment_ids=jnp.zeros(shape, int)),
         dict(mask=jnp.zeros(shape, bool)),
     )
-    close(run(init, xs, encodings), [(init, jnp.zeros(shape))] * 8)
+    close(run(init, xs, encodings), [(init + 1, jnp.zeros(shape))] * 8)
+
+
+def test_unroll():
+    """Fails if 0, which unrolls all of a `lax.scan`, is refused."""
+    zeros, lengths = jnp.zeros(2, int), jnp.array([3, 2])
+
+    def loop(unroll):
+        run = partial(scan_segments, partial(total, 1), unroll=unroll)
+        close(run(zeros, DIGITS, lengths)[0], jnp.array([123, 56]))
+        return str(jax.make_jaxpr(run)(zeros, DIGITS, lengths)).split("unroll=")[1]
+
+    def plain(unroll):
+        run = partial(lax.scan, partial(total, 1), unroll=unroll)
+        return str(jax.make_jaxpr(run)(zeros, DIGITS.T)).split("unroll=")[1]
+
+    for unroll in (0, True, False, 2):
+        assert loop(unroll).split()[0] == plain(unroll).split()[0]
 
 
 def test_f_is_traced_once():
@@ -390,11 +641,20 @@ def test_bidirectional_scan_is_one_loop():
 
 
 @pytest.mark.parametrize(
-    "how", ("remat", "jvp", "hessian", "vmap over parameters", "scan over layers")
+    "how",
+    (
+        "remat",
+        "jvp",
+        "hessian",
+        "hessian of chunks",
+        "vmap over parameters",
+        "scan over layers",
+    ),
 )
 def test_transformations(how):
     w, init, xs = make(np.nan, **ENCODINGS["ids and padding"])
-    encoding = dict(segment_ids=jnp.asarray(IDS), padding_id=0)
+    chunk = 3 if how in ("remat", "hessian of chunks") else None
+    encoding = dict(segment_ids=jnp.asarray(IDS), padding_id=0, chunk=chunk)
 
     def loss(w, step=gru):
         return weighted(*scan_segments(partial(step, w), init, xs, **encoding))
@@ -408,7 +668,7 @@ def test_transformations(how):
         tangent = jax.jit(partial(jax.jvp, loss))((w,), (w,))[1]
         expected = sum(jnp.sum(w[k] * v) for k, v in grad(w).items())
         np.testing.assert_allclose(tangent, expected, rtol=1e-5)
-    elif how == "hessian":
+    elif how.startswith("hessian"):
         direction = jax.tree.map(np.cos, w)
 
         def along(w):
@@ -437,16 +697,51 @@ def test_transformations(how):
         np.testing.assert_allclose(stacked, expected, rtol=1e-5)
 
 
-def test_under_debugging_settings():
+@pytest.mark.parametrize("name", ("lengths", "ids and padding", "offsets", "mask"))
+def test_under_debugging_settings(name):
     """Fails if a NaN in the padding counts as one of the program."""
-    w, init, xs = make(np.nan, **ENCODINGS["lengths"])
-    run = partial(scan_segments, partial(gru, w), init, lengths=LENGTHS)
-    expected = jax.jit(run)(xs)
-    with jax.debug_nans(True):
-        close(jax.jit(run)(xs), expected)
+    w, init, xs = jax.tree.map(jnp.asarray, make(np.nan, **ENCODINGS[name]))
+    reverse = name == "offsets"
+    with jax.debug_nans(True):  # All eager.
+        loss = lambda w, **more: weighted(  # noqa: E731
+            *scan_segments(
+                *(partial(norm, w), init, xs),
+                **ENCODINGS[name] | dict(reverse=reverse, **more),
+            )
+        )
+        assert np.isfinite(jax.tree.leaves(jax.grad(loss)(w))[0]).all()
+        assert np.isfinite(loss(w, chunk=3))
+        if name == "lengths":
+            pairs = (w, w), (init, init)
+            bidirectional_scan(norm, *pairs, xs, **ENCODINGS[name])
+        if name != "mask":
+            product = partial(associative_scan_segments, jnp.multiply)
+            jax.vjp(lambda x: product(x, **ENCODINGS[name]), xs["b"])[1](
+                jnp.ones((N, T))
+            )
+
+
+def test_without_jit():
     with jax.disable_jit():
         digits = scan_segments(partial(total, 1), np.zeros(2, int), DIGITS, [3, 2])
     assert digits[1].tolist() == [[1, 12, 123, 0], [5, 56, 0, 0]]
+
+
+def test_as_many_offsets_as_steps_are_offsets_too():
+    """Two segments on an axis of two steps, also where the axis is mapped away."""
+    init, xs = jnp.zeros(3, int), jnp.array([[1, 2], [3, 4], [5, 6]])
+    offsets = jnp.array([[0, 1, 2], [0, 2, 2], [0, 0, 1]])
+    want = [[1, 2], [3, 34], [5, 0]]
+    scan = partial(scan_segments, partial(total, 1))
+    row = lambda c, x, o: scan(c, x, cu_seqlens=o)  # noqa: E731
+    assert row(init, xs, offsets)[1].tolist() == want
+    assert jax.vmap(row)(init, xs, offsets)[1].tolist() == want
+    associative = lambda x, o: associative_scan_segments(  # noqa: E731
+        jnp.add, x, cu_seqlens=o
+    )
+    want = [[1, 2], [3, 7], [5, 0]]
+    assert associative(xs, offsets).tolist() == want
+    assert jax.vmap(associative)(xs, offsets).tolist() == want
 
 
 def test_export_with_a_symbolic_batch():
@@ -470,12 +765,12 @@ def test_export_with_a_symbolic_batch():
 def sharded_loss(params, h, xs, encodings, weights):
     """All three scans, by several encodings; `h` and the rest may be blocks."""
     start, total = (h, jnp.zeros(h.shape[:1], jnp.int32)), 0.0
-    for x, traced in zip(xs, encodings, strict=True):
-        more = traced | ({"padding_id": 0} if "segment_ids" in traced else {})
+    for x, encoding in zip(xs, encodings, strict=True):
+        more = encoding | ({"padding_id": 0} if "segment_ids" in encoding else {})
         one = scan_segments(partial(gru, params[0]), start, x, **more)
         both = bidirectional_scan(gru, params, (start, start), x, **more)
         b = jnp.where(jnp.isnan(x["b"]), 0.0, x["b"])
-        ids = {"segment_ids": traced["mask"] + 0} if "mask" in traced else more
+        ids = {"segment_ids": encoding["mask"] + 0} if "mask" in encoding else more
         parallel = associative_scan_segments(jnp.add, b, **ids)
         leaves = [one[0][0], both[0][0][0], both[0][1][0], parallel[:, :1]]
         leaves += [jnp.sum(y["h"], 1) for y in (one[1], *both[1])]
@@ -533,11 +828,11 @@ def test_sharded_batch(mode):
 
 
 ZEROS, SUM = np.zeros(2, np.int32), lambda c, x: (c + x, c)
-scan, both = scan_segments, bidirectional_scan
+scan, both, associative = scan_segments, bidirectional_scan, associative_scan_segments
 ERRORS = (
-    (ValueError, "scan_segments: got none of lengths, segment_ids, cu_seqlens, mask",
+    (ValueError, "scan_segments: got none; .*, segment_ids, cu_seqlens, starts, mask",
      lambda: scan(SUM, ZEROS, DIGITS)),
-    (ValueError, "got lengths and mask of", lambda: scan(SUM, ZEROS, DIGITS, [1, 1],
+    (ValueError, "got both lengths and mask", lambda: scan(SUM, ZEROS, DIGITS, [1, 1],
                                                          mask=DIGITS > 0)),
     (ValueError, "padding_id is 0, but .* by mask",
      lambda: scan(SUM, ZEROS, DIGITS, mask=DIGITS > 0, padding_id=0)),
@@ -567,17 +862,40 @@ ERRORS = (
     (ValueError, r"segment axis of xs is 2, but y of f has shape \(2,\)",
      lambda: scan(lambda c, x: (c, c), ZEROS, DIGITS[:, None], [1, 1], axis=2)),
     (TypeError, "unroll is 1.5", lambda: scan(SUM, ZEROS, DIGITS, [1, 1], unroll=1.5)),
-    (ValueError, "unroll is 0", lambda: scan(SUM, ZEROS, DIGITS, [1, 1], unroll=0)),
+    (ValueError, "unroll is -1", lambda: scan(SUM, ZEROS, DIGITS, [1, 1], unroll=-1)),
+    (ValueError, "chunk is 0; use", lambda: scan(SUM, ZEROS, DIGITS, [1, 1], chunk=0)),
+    (TypeError, "chunk is 1.5", lambda: scan(SUM, ZEROS, DIGITS, [1, 1], chunk=1.5)),
+    (ValueError, r"carry_in has shape \(3,\).*batch axes \(2,\)",
+     lambda: scan(SUM, ZEROS, DIGITS, [1, 1], carry_in=np.zeros(3, np.int32))),
+    (TypeError, r"carry_in is float32\[2\], but must be int32\[2\], like init",
+     lambda: scan(SUM, ZEROS, DIGITS, [1, 1], carry_in=np.zeros(2, np.float32))),
+    (TypeError, r"carry_in is \('int32\[2\]',\), but must be int32",
+     lambda: scan(SUM, ZEROS, DIGITS, [1, 1], carry_in=(ZEROS, ZEROS)[:1])),
+    (ValueError, r"carry_in is int32\[2,1\], but must be int32\[2\], like one step",
+     lambda: associative(jnp.add, DIGITS, [1, 1], carry_in=ZEROS[:, None])),
+    (TypeError, "f is None", lambda: scan(None, ZEROS, DIGITS, [1, 1])),
+    (TypeError, "f is 3", lambda: both(3, (1, 1), (ZEROS, ZEROS), DIGITS, [1, 1])),
+    (TypeError, "fn is 3", lambda: associative(3, DIGITS, [1, 1])),
+    (TypeError, "reverse is .*static|reverse",
+     lambda: jax.jit(lambda r: scan(SUM, ZEROS, DIGITS, [1, 1], reverse=r))(True)),
+    (ValueError, "lengths", lambda: scan(SUM, ZEROS, DIGITS, 3)),
+    (TypeError, r"return \(h, h\)", lambda: scan(jnp.add, ZEROS, DIGITS, [1, 1])),
+    (TypeError, r"return \(\(h, c\), h\)",
+     lambda: scan(lambda c, x: (c[0] + x, c[1]), (ZEROS, ZEROS), DIGITS, [1, 1])),
+    (TypeError, r"for an LSTM \(\(h, c\), \(h, c\)\)",
+     lambda: both(lambda p, c, x: ((c, c), x), (1, 1), (ZEROS, ZEROS), DIGITS, [1, 1])),
+    (ValueError, r"init is int32\[2\] forward and int32\[2,1\] backward",
+     lambda: both(total, (1, 1), (ZEROS, ZEROS[:, None]), DIGITS, [1, 1])),
     (TypeError, "params must be a pair .* is a tuple of 3",
      lambda: both(total, (1, 1, 1), (ZEROS, ZEROS), DIGITS, [1, 1])),
     (TypeError, "init must be a pair .* is a ndarray",
      lambda: both(total, (1, 1), ZEROS, DIGITS, [1, 1])),
-    (ValueError, "params has the structure .* forward and .* backward",
+    (ValueError, r"params is int32\[\] forward and {'a': 'int32\[\]'} backward",
      lambda: both(total, (1, {"a": 1}), (ZEROS, ZEROS), DIGITS, [1, 1])),
-    (ValueError, r"params\['a'\] is int32\(\) forward and float32\(\) backward",
+    (ValueError, r"params is {'a': 'int32\[\]'} forward and {'a': 'float32\[\]'} back",
      lambda: both(total, ({"a": 1}, {"a": 1.0}), (ZEROS, ZEROS), DIGITS, [1, 1])),
-    (TypeError, r"fn was given int32\(2, 2\), but returned float32\(2, 2\)",
-     lambda: associative_scan_segments(lambda a, b: a * 1.5, DIGITS, [1, 1])),
+    (TypeError, r"fn was given int32\[2,2\], but returned float32\[2,2\]",
+     lambda: associative(lambda a, b: a * 1.5, DIGITS, [1, 1])),
 )  # fmt: skip
 
 
