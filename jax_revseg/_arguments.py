@@ -61,10 +61,10 @@ class Call(NamedTuple):
         """Returns `x` as an array of rank 1 or more."""
         x = x if isinstance(x, jax.Array) else self._from_host(x)
         if x.ndim == 0:
+            remedy = "x[None]" if self.reverses else "jax.numpy.full_like"
             self.fail(
                 f"{self.x_name} has rank 0 (shape ()), but needs at least 1 axis, the "
-                "segment axis; give it one with x[None], or repeat a constant with "
-                "jax.numpy.full_like."
+                f"segment axis; give it one with {remedy}."
             )
         return x
 

@@ -137,7 +137,7 @@ def bidirectional(
     )
     # Both layers get the sharding that the reversal gives to its result.
     rows = range(len(layout.batch_axes))
-    x, _ = alike(call, (x, layout.batch_axes), (segments, rows))
+    x = next(alike(call, (x, layout.batch_axes), (segments, rows)))
     shape = jax.tree.leaves(x)[0].shape
     if axis_name is None:
         for leaf in jax.tree.leaves(x):

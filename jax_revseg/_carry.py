@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -79,7 +79,8 @@ def check_step(call: Call, f: Callable[..., Any], batch: tuple[int, ...]):
         except Exception as error:
             error.add_note(
                 f"{call.function} gave f the carry {given} and x {describe(x)}, with "
-                f"batch axes {batch}{'; init is a pair of carries' * pairs}."
+                f"batch axes {batch}{'; init is a pair of carries' * pairs}"
+                f"{'; a scalar length is that of one row' * (not batch)}."
             )
             raise
         if not isinstance(out, (tuple, list)) or len(out) != 2:
@@ -110,11 +111,8 @@ def check_step(call: Call, f: Callable[..., Any], batch: tuple[int, ...]):
 def check_callable(call: Call, name: str, value: Any, remedy: str = "") -> None:
     """Raises if an argument is no function."""
     if not callable(value):
-        call.fail(
-            f"{name} is {value!r} of type {type(value).__name__}, but must be a "
-            f"function{remedy}.",
-            TypeError,
-        )
+        what = f"{name} is {str(value)[:40]} of type {type(value).__name__}"
+        call.fail(f"{what}, but must be a function{remedy}.", TypeError)
 
 
 def check_carry_in(call: Call, carry_in: Any, name: str, like: Any) -> None:
@@ -157,7 +155,7 @@ def _kind(value: Any) -> str:
     return f"{type(value).__name__}{size}"
 
 
-def alike(call: Call, *trees: tuple[Any, Sequence[int]]) -> list[Any]:
+def alike(call: Call, *trees: tuple[Any, Sequence[int]]) -> Iterator[Any]:
     """Gives the batch axes of all arrays one sharding, and one set of varying axes.
 
     A loop must return the types that it takes, and from the first step on its carry
@@ -176,7 +174,7 @@ def alike(call: Call, *trees: tuple[Any, Sequence[int]]) -> list[Any]:
             spec[a] = name
         return _compat.reshard_to(x, NamedSharding(target.mesh, PartitionSpec(*spec)))
 
-    return [jax.tree.map(lambda x, a=axes: leaf(x, a), tree) for tree, axes in trees]
+    return (jax.tree.map(lambda x, a=axes: leaf(x, a), tree) for tree, axes in trees)
 
 
 def _merged_batch_sharding(call: Call, pairs: Any) -> NamedSharding | None:

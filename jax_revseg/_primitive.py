@@ -33,17 +33,18 @@ def bind(x, segments, layout):
 
 def _exchange(name, layout):
     """Returns the code that exchanges blocks, in the terms of the user's call."""
-    given, layers = "segment_ids" if layout.kind == "ids" else layout.kind, ""
+    given = {"ids": "segment_ids", "starts": "starts"}.get(layout.kind, "lengths")
+    layers, more = "", "" if layout.padding_id is None else ", padding_id=..."
+    other = "; cu_seqlens= for offsets" if layout.kind == "packed" else ""
     if layout.function == "bidirectional":
-        given, layers = (
-            {"packed": "cu_seqlens"}.get(given, given),
-            "forward, backward, ",
-        )
-    given = given if given in ("segment_ids", "cu_seqlens", "starts") else "lengths"
+        layers = "forward, backward, "
+        given = "cu_seqlens" if layout.kind == "packed" else given
     return f""", or exchange blocks with axis_name={name!r}:
 
-    def f(x, {given}):
-        return {layout.function}({layers}x, {given}={given}, axis_name={name!r})
+    def f(x, {given}):  # With your other arguments{other}.
+        return {layout.function}(
+            {layers}x, {given}={given}, axis_name={name!r}{more}
+        )
     mesh, specs = jax.typeof(x).sharding.mesh, (jax.P(...), jax.P(...))
     out = jax.shard_map(f, mesh=mesh, in_specs=specs, out_specs=specs[0])(x, {given})
 """

@@ -206,6 +206,8 @@ class _Shapes(NamedTuple):
         return value % ndim
 
     def _disagree(self, why: str) -> NoReturn:
+        if self.call.x_name.endswith("[0]"):  # A list is a pytree.
+            why += "; give a list of rows to pack_segments, as np.concatenate(rows)"
         self.call.fail(
             f"{self.name} has shape {self.shape} and {self.call.x_name} has shape "
             f"{self.x_shape}: {why}."

@@ -377,7 +377,7 @@ def test_errors():
         (
             lambda: bidirectional(sums, sums(X), X, LENGTHS),
             TypeError,
-            "backward is .*Array.*must be a function of x",
+            "backward is .*of type ArrayImpl.*must be a function of x",
         ),
     ):
         with pytest.raises(error, match=f"(?s)^bidirectional: .*{pattern}"):
