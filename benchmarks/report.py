@@ -203,20 +203,21 @@ def readme(data: Row) -> str:
     """The paragraph on speed."""
     row = quiet(data, "reversal")["padded-64x128x256"]
     scan = quiet(data, "scan")["GRU 32x128x32x64"]
-    ours, snippet, backward = (
-        ratio(find(row, name, "reused", way), base)
-        for name, way, base in (
-            (OURS, "forward", COPY),
-            (SNIPPET, "forward", OURS),
-            (SNIPPET, "gradient", OURS),
-        )
-    )
+    ours = ratio(find(row, OURS, "reused", "forward"), COPY)
     ragged = ratio(find(scan, "scan_segments", "new", "forward"), SCAN)
+    forward, backward = (
+        t["to"][OURS]["ratio"]
+        for way in WAYS
+        if (t := find(row, SNIPPET, "reused", way))
+    )
+    alike = f"is as fast forward ({forward:.2f} times), but"
+    if abs(forward - 1) > LIMIT:
+        alike = f"takes {forward:.2f} times as long forward, and"
     return (
         f"A float32 batch of (64, 128, 256) takes {ours} times as long as a copy. The "
-        f"`where` + `take_along_axis` snippet takes {snippet} times as long as this "
-        f"library, and its gradient {backward} times. A GRU in `scan_segments` takes "
-        f"{ragged} times as long as in `lax.scan`, which does not skip padding "
+        f"`where` + `take_along_axis` snippet {alike} its gradient takes "
+        f"{backward:.1f} times as long. A GRU in `scan_segments` takes {ragged} times "
+        "as long as in `lax.scan`, which treats padding as data "
         f"({data['device']}; [all figures](docs/performance.md))."
     )
 
