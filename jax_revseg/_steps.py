@@ -189,8 +189,10 @@ def lend(rows: jax.Array, some: jax.Array, batch_axes: Sequence[int]) -> jax.Arr
             starts[a], sizes[a] = index % n if len(batch_axes) > 1 else index, 1
             index = index // n
         other = lax.stop_gradient(lax.dynamic_slice(rows, starts, sizes))
+        order = sorted(range(some.ndim), key=batch_axes.__getitem__)
         others = [a for a in range(rows.ndim) if a not in batch_axes]
-        return jnp.where(lax.expand_dims(some, others), rows, other)
+        some = lax.expand_dims(lax.transpose(some, order), others)
+        return jnp.where(some, rows, other)
 
     return _compat.automatic(take, jax.typeof(rows).sharding)(rows, some)
 
