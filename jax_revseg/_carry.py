@@ -127,10 +127,13 @@ def check_carry_in(call: Call, carry_in: Any, name: str, like: Any) -> None:
         )
 
 
-def check_unroll(call: Call, unroll: Any) -> None:
-    """Raises if `unroll` is not what `lax.scan` takes."""
-    if not isinstance(unroll, bool) and call.integer("unroll", unroll) < 0:
+def check_unroll(call: Call, unroll: Any) -> int | bool:
+    """Returns what every `lax.scan` takes: 0 means True from JAX 0.8 on."""
+    if isinstance(unroll, bool):
+        return unroll
+    if (unroll := call.integer("unroll", unroll)) < 0:
         call.fail(f"unroll is {unroll}; use 1 or more, or 0 or True for all steps.")
+    return unroll or True
 
 
 def check_pair(call: Call, name: str, pair: Any, batch: Any = ()) -> list[Any]:

@@ -127,7 +127,7 @@ def scan_segments(
     """
     call = Call("scan_segments")
     check_callable(call, "f", f)
-    check_unroll(call, unroll)
+    unroll = check_unroll(call, unroll)
     encodings = dict(lengths=lengths, segment_ids=segment_ids, cu_seqlens=cu_seqlens)
     encodings.update(starts=starts, mask=mask, padding_id=padding_id)
     xs, segments, layout = parse_steps(call, "xs", xs, axis, **encodings)
@@ -224,7 +224,7 @@ def bidirectional_scan(
     """
     call = Call("bidirectional_scan")
     check_callable(call, "f", f)
-    check_unroll(call, unroll)
+    unroll = check_unroll(call, unroll)
     encodings = dict(lengths=lengths, segment_ids=segment_ids, cu_seqlens=cu_seqlens)
     encodings.update(starts=starts, mask=mask, padding_id=padding_id)
     xs, segments, layout = parse_steps(call, "xs", xs, axis, **encodings)
