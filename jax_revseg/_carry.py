@@ -111,7 +111,7 @@ def check_step(call: Call, f: Callable[..., Any], batch: tuple[int, ...]):
 def check_callable(call: Call, name: str, value: Any, remedy: str = "") -> None:
     """Raises if an argument is no function."""
     if not callable(value):
-        what = f"{name} is {str(value)[:40]} of type {type(value).__name__}"
+        what = f"{name} is {repr(value)[:40]} of type {type(value).__name__}"
         call.fail(f"{what}, but must be a function{remedy}.", TypeError)
 
 
