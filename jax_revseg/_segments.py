@@ -102,6 +102,8 @@ def _segments(
     call: Call, x_shape: tuple[int, ...], name: str, values: Any, layout: Layout
 ) -> tuple[Any, Layout]:
     """Returns checked segments, whose last axis goes over steps or segments."""
+    if name == "lengths" and isinstance(values, jax.Array):
+        return values, layout
     if layout.per_step:  # They lie like x.
         at = sorted((*layout.batch_axes, layout.axis)).index(layout.axis)
         numpy: Any = jnp if isinstance(values, jax.Array) else np
