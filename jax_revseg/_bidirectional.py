@@ -122,6 +122,8 @@ def bidirectional(
     for name, function in (layers | {"merge": merge}).items():
         remedy = ", such as jax.numpy.add" if name == "merge" else " of x"
         check_callable(call, name, function, remedy)
+    if merge is sum:
+        call.fail("merge is the builtin sum, which adds up rows; use jax.numpy.add.")
     x, segments, layout = parse_arrays(
         call,
         "x",

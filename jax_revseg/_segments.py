@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.tree_util import keystr, tree_flatten_with_path
 
+from jax_revseg import _compat
 from jax_revseg._arguments import BatchAxis, Call
 from jax_revseg._host_values import HostValues
 from jax_revseg._layout import Kind, Layout
@@ -102,6 +103,14 @@ def _segments(
     call: Call, x_shape: tuple[int, ...], name: str, values: Any, layout: Layout
 ) -> tuple[Any, Layout]:
     """Returns checked segments, whose last axis goes over steps or segments."""
+    if call.axis_name is not None and not layout.per_step:
+        names = {call.axis_name} if isinstance(call.axis_name, str) else call.axis_name
+        if differ := _compat.varying(values) & set(names):
+            call.fail(
+                f"{name} varies over mesh axis {sorted(differ)}, but axis_name is "
+                f"{call.axis_name!r}: every device needs the {name} of the whole rows; "
+                "pass it into shard_map with in_specs that leave that axis out."
+            )
     if name == "lengths" and isinstance(values, jax.Array):
         return values, layout
     if layout.per_step:  # They lie like x.

@@ -22,7 +22,6 @@ from typing import Any
 import jax
 from jax import lax
 
-from jax_revseg import _compat
 from jax_revseg._arguments import Call
 from jax_revseg._layout import Layout
 
@@ -36,7 +35,6 @@ def whole_rows(
     """
     if call.axis_name is None or 0 in x.shape:
         return x, segments, lambda out: out
-    _check_replicated(call, segments, layout)
     if x.ndim == 1:
         x, segments, back = whole_rows(call, x[:, None], segments, layout)
         return x, segments, lambda out: back(out)[:, 0]
@@ -49,16 +47,6 @@ def whole_rows(
 
     whole = lax.all_to_all(_pad(x, cut, devices), name, cut, axis, tiled=True)
     return whole, _segments_of_rows(call, segments, layout, cut), restore
-
-
-def _check_replicated(call: Call, segments: Any, layout: Layout) -> None:
-    differ = _compat.varying(segments) & {*jax.tree.leaves(call.axis_name)}
-    if differ and not layout.per_step:
-        call.fail(
-            f"the lengths vary over mesh axis {sorted(differ)}, but axis_name is "
-            f"{call.axis_name!r}: every device needs the lengths of the whole rows; "
-            "pass them into shard_map with in_specs that leave that axis out."
-        )
 
 
 def _exchange_axis(shape: tuple[int, ...], layout: Layout, devices: int) -> int:

@@ -365,6 +365,11 @@ def test_errors():
             "mask has",
         ),
         (
+            lambda: run(X, LENGTHS, merge=sum),
+            ValueError,
+            r"merge is the builtin sum.*jax\.numpy\.add",
+        ),
+        (
             lambda: run(X, LENGTHS, merge="sum"),
             TypeError,
             r"merge is 'sum'.*jax\.numpy\.add",

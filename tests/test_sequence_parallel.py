@@ -17,6 +17,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
 
 from jax_revseg import (
     _reference,
+    associative_scan_segments,
     bidirectional,
     reverse_segment_order,
     reverse_segments,
@@ -329,6 +330,24 @@ def test_host_lengths_are_checked_against_the_whole_axis():
     )
     with pytest.raises(ValueError, match=r"lengths\[1\] is 17.* 16.*over 2 devices"):
         f(np.ones((2, 16)))
+
+
+def test_lengths_and_offsets_are_not_blocks():
+    """Fails if each device takes its part of them for those of the whole rows."""
+    add = partial(associative_scan_segments, jnp.add)
+    for name, f in (("lengths", reverse_sequence), ("cu_seqlens", add)):
+
+        def run(x, whole, name=name, f=f):
+            return f(x, axis_name="seq", **{name: whole})
+
+        spec = P("seq") if name == "lengths" else P(None, "seq")
+        f = jax.shard_map(
+            run, mesh=make_mesh(seq=2), in_specs=(P(None, "seq"), spec), out_specs=P()
+        )
+        whole = np.zeros((2, 4) if name == "cu_seqlens" else 4, np.int32)
+        rule = rf"{name} varies over mesh axis \['seq'\].*leave that axis out"
+        with pytest.raises(ValueError, match=rule):
+            f(np.ones((2, 16)), whole)
 
 
 def test_ids_from_the_host_are_not_a_block():
