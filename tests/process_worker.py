@@ -9,9 +9,11 @@ import traceback
 from functools import partial
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
 
+from jax_revseg import _reference, associative_scan_segments
 from tests.cases import Case
 
 ROWS = Case("processes", (8, 6, 4), layout="packed")
@@ -65,7 +67,7 @@ def check_rows():
 
 
 def check_steps():
-    """One segment axis over both processes, exchanged for rows, and so are the ids."""
+    """A segment axis over both processes: exchanged for rows, and scanned in blocks."""
     case, mesh, blocks = (
         Case("steps", (4, 16, 3), layout="ids"),
         make_mesh(),
@@ -78,6 +80,25 @@ def check_steps():
     y, x_bar = value_and_gradient(call, mesh, operands, (blocks,) * 3)
     check(y, case.expected(x, case.segments()))
     check(x_bar, case.expected(ct, case.segments()))
+
+    def sums(x, ids):
+        scan = associative_scan_segments
+        return scan(jnp.add, x, segment_ids=ids, axis_name="a")
+
+    def expected(x, way):
+        """Sums of each segment, from its start or from its end."""
+        out = x.copy()
+        for row, ids in zip(out, case.segments(), strict=True):
+            for start, end in _reference.id_bounds(ids, None):
+                row[start:end][::way] = row[start:end][::way].cumsum(0)
+        return out
+
+    sums = jax.shard_map(sums, mesh=mesh, in_specs=(blocks,) * 2, out_specs=blocks)
+    x, ct = np.round(9 * x), np.round(9 * ct)  # Whole numbers: no rounding.
+    operands = x, case.segments(), ct
+    y, x_bar = value_and_gradient(sums, mesh, operands, (blocks,) * 3)
+    check(y, expected(x, 1))
+    check(x_bar, expected(ct, -1))
 
 
 def main(address, number):
