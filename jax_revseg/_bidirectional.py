@@ -20,7 +20,7 @@ from jax_revseg._linear import compiled
 from jax_revseg._lowering import align
 from jax_revseg._primitive import merged_spec
 from jax_revseg._segments import parse_arrays
-from jax_revseg._steps import fill_padding, masks
+from jax_revseg._steps import fill_padding, find_steps
 
 
 def concatenate(forward: Any, backward: Any) -> Any:
@@ -145,11 +145,11 @@ def bidirectional(
         for leaf in jax.tree.leaves(x):
             merged_spec(jax.typeof(leaf), jax.typeof(segments), layout)
     back = None
-    if layout.kind in ("padded", "mask"):
-        fill = partial(_fill, call=call, layout=layout)
-        x = jax.tree.map(lambda leaf: fill(leaf, segments), x)
     if mask is not None:
         x, segments, layout, back = _to_front(call, x, segments, layout)
+    if layout.kind == "padded":
+        fill = partial(_fill, call=call, layout=layout)
+        x = jax.tree.map(lambda leaf: fill(leaf, segments), x)
 
     def reverse(tree: Any) -> Any:
         return jax.tree.map(lambda a: reverse_rows(call, a, segments, layout), tree)
@@ -191,9 +191,8 @@ def _check_output(
 
 @compiled
 def _fill(x, segments, *, call, layout):
-    return fill_padding(
-        x, masks(call, segments, x.shape[layout.axis], layout)[0], layout
-    )
+    steps = find_steps(call, segments, x.shape[layout.axis], layout)
+    return fill_padding(x, steps, layout)
 
 
 def _to_front(call: Call, x: Any, mask: Any, layout: Layout) -> Any:
