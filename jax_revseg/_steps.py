@@ -34,7 +34,7 @@ class Steps(NamedTuple):
 
     valid: Any  # None if all are.
     starts: Any  # Where a segment starts, or is padding; None for one segment a row.
-    first: Any  # The index of a row's first valid step, or -1; the time axis has size 1.
+    first: Any  # The index of the first valid step, or -1; the time axis has size 1.
 
 
 def parse_steps(
