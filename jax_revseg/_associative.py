@@ -21,7 +21,6 @@ from jax import lax
 from jax_revseg._arguments import Call
 from jax_revseg._boundaries import shift
 from jax_revseg._carry import alike, describe, same_types
-from jax_revseg._layout import Layout
 from jax_revseg._steps import (
     enters,
     find_steps,

@@ -58,7 +58,7 @@ def _prepare(
     axis, at = layout.axis, time_axis(layout)
     batch, size = _sizes(xs, layout)
     rows, steps = range(len(batch)), find_steps(call, segments, size, layout, reverse)
-    grow = chunk and size % chunk  # More padding, for chunks of one size.
+    grow = chunk if chunk and size % chunk else 0  # More padding, to a multiple.
     if grow and steps.valid is None:
         steps = steps._replace(valid=jnp.ones_like(steps.starts))
     init, carry_in, xs, steps = alike(
@@ -86,8 +86,8 @@ def _prepare(
     xs = jax.tree.map(lambda x: jnp.moveaxis(x, axis, 0), xs)
     valid, starts = jax.tree.map(lambda m: jnp.moveaxis(m, at, 0), (valid, starts))
     if grow:
-        xs, valid = jax.tree.map(partial(_grow, chunk, 0), (xs, valid))
-        starts = jax.tree.map(partial(_grow, chunk, True), starts)
+        xs, valid = jax.tree.map(partial(_grow, grow, 0), (xs, valid))
+        starts = jax.tree.map(partial(_grow, grow, True), starts)
     return _Loop(carry, init, padding, first, xs, valid, starts)
 
 
