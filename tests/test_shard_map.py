@@ -55,14 +55,16 @@ def every_case(wrapper=lambda f: f):
     ]
 
 
-def sharded(f, name, mesh=MESH, **more):
+def sharded(f, name="x-replicated", mesh=MESH, **more):
     x_spec, spec, out_spec, _ = SPECS[name]
     return jax.shard_map(
         f, mesh=mesh, in_specs=(x_spec, spec), out_specs=out_spec, **more
     )
 
 
-def check(f, name, place=lambda tree, spec: tree, jit=jax.jit, value=None):
+def check(
+    f, name="x-replicated", place=lambda tree, spec: tree, jit=jax.jit, value=None
+):
     """Values and gradient of `f(x, segments)`, which must be the reversals."""
     x, cts = operands(name)
     x_spec, spec, *_ = SPECS[name]
@@ -84,34 +86,27 @@ def test_values_and_gradients(name):
 
 def test_eager():
     """Fails if tracers take the way of an eager call."""
-    name = "x-replicated"
-    check(sharded(every_case(), name), name, jit=lambda f: f)
+    check(sharded(every_case()), jit=lambda f: f)
 
 
 def test_unchecked():
     """Fails if a rule needs to know which values vary."""
-    name = "x-replicated"
-    check(sharded(every_case(), name, check_vma=False), name)
+    check(sharded(every_case(), check_vma=False))
 
 
 @pytest.mark.parametrize("kinds", ("auto auto", "explicit auto", "auto explicit"))
 def test_partly_manual(kinds):
     """Fails if the mesh axis that shard_map leaves alone is taken for a manual one, or
     an explicit sharding over it stops the index arithmetic."""
-    name, over = "x-replicated", mesh(kinds)
-    check(
-        sharded(every_case(), name, over, axis_names={"a"}),
-        name,
-        # An explicit axis takes what is laid out as `in_specs` says, and nothing else.
-        lambda tree, spec: jax.device_put(tree, NamedSharding(over, spec)),
-    )
+    over = mesh(kinds)
+    # An explicit axis takes what is laid out as `in_specs` says, and nothing else.
+    place = lambda tree, spec: jax.device_put(tree, NamedSharding(over, spec))  # noqa: E731
+    check(sharded(every_case(), mesh=over, axis_names={"a"}), place=place)
 
 
 INSIDE = {
     "vmap-segments": lambda f: lambda x, s: jax.vmap(f, (None, 0))(x, s[None])[0],
-    "scan": lambda f: (
-        lambda x, s: lax.scan(lambda _, s: (0, f(x, s)), 0, s[None])[1][0]
-    ),
+    "scan": lambda f: lambda x, s: lax.map(lambda s: f(x, s), s[None])[0],
     "remat": jax.checkpoint,
     "cond": lambda f: (
         lambda x, s: lax.cond(s.sum() < 0, lambda x, s: f(f(x, s), s), f, x, s)
@@ -122,8 +117,7 @@ INSIDE = {
 @pytest.mark.parametrize("transform", INSIDE.values(), ids=INSIDE)
 def test_transformed_inside(transform):
     """Fails if a rule of the transformation loses the sum over devices."""
-    call = sharded(every_case(transform), "x-replicated")
-    check(call, "x-replicated")
+    check(sharded(every_case(transform)))
 
 
 OUTSIDE = {
@@ -133,9 +127,7 @@ OUTSIDE = {
             x, jax.tree.map(lambda s: jnp.stack([s, s]), s)
         )
     ),
-    "scan": lambda f: (
-        lambda x, s: lax.scan(lambda _, s: (0, f(x, s)), 0, add_axis(s))[1]
-    ),
+    "scan": lambda f: lambda x, s: lax.map(lambda s: f(x, s), add_axis(s)),
 }
 
 
@@ -146,8 +138,8 @@ def add_axis(tree):
 @pytest.mark.parametrize("transform", OUTSIDE.values(), ids=OUTSIDE)
 def test_transformed_outside(transform):
     """Fails if the sum over devices, or over a mesh axis that vmap names, is lost."""
-    call = transform(sharded(every_case(), "x-replicated"))
-    check(lambda x, s: [y[0] for y in call(x, s)], "x-replicated")
+    call = transform(sharded(every_case()))
+    check(lambda x, s: [y[0] for y in call(x, s)])
 
 
 def test_gradient_inside():
@@ -159,16 +151,12 @@ def test_gradient_inside():
 
     @jax.jit
     @jax.shard_map(mesh=MESH, in_specs=(x_spec, spec, out_spec), out_specs=x_spec)
-    def gradients(x, segments, cts):
-        return [
-            jax.vjp(lambda x: case.call(x, s), x)[1](ct)[0]  # noqa: B023
-            for case, s, ct in zip(CASES, segments, cts, strict=True)
-        ]
+    def gradient(x, segments, cts):
+        return with_gradients(every_case(), x, segments, cts)[1]
 
-    actual = gradients(x, SEGMENTS, cts)
-    for case, segments, ct, x_bar in zip(CASES, SEGMENTS, cts, actual, strict=True):
-        want = by_hand(case, x, segments, ct, *SPECS[name][:3])[1]
-        np.testing.assert_array_equal(x_bar, want, case.name)
+    given = zip(CASES, SEGMENTS, cts, strict=True)
+    shares = [by_hand(c, x, s, ct, *SPECS[name][:3])[1] for c, s, ct in given]
+    np.testing.assert_array_equal(gradient(x, SEGMENTS, cts), sum(shares))
 
 
 @pytest.mark.parametrize("name", ("rows", "x-replicated"))
@@ -185,19 +173,19 @@ def test_bind_refuses_what_would_lose_the_sum():
     layout = Layout("padded", 1, (0,))
     bind = partial(reverse_segments_p.bind, layout=layout)
     with pytest.raises(ValueError, match=r"vary over manual mesh axes \{'a'\}"):
-        sharded(bind, "x-replicated")(operands("x-replicated")[0], SEGMENTS[0])
+        sharded(bind)(operands("x-replicated")[0], SEGMENTS[0])
 
 
 def test_padding_value():
     """Fails if padding is filled wrongly, or gets a gradient."""
     calls = every_case(lambda f: partial(f, padding_value=5.0))
-    check(sharded(calls, "x-replicated"), "x-replicated", value=5.0)
+    check(sharded(calls), value=5.0)
 
 
 def test_order_of_segments():
     """Fails if the sums of lengths mix varying and other values."""
     x, _ = operands("x-replicated")
-    f = jax.jit(sharded(reverse_segment_order, "x-replicated"))
+    f = jax.jit(sharded(reverse_segment_order))
     chex.assert_trees_all_equal(
         f(x, SEGMENTS[1]),
         _reference.reverse_order(
