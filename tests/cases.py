@@ -89,6 +89,13 @@ class Case:
         value = {"zero": 0, "one": min(1, limit), "full": limit}[self.lengths]
         return np.full(shape, value)
 
+    def types(self, *shardings: Any) -> list[jax.ShapeDtypeStruct]:
+        """Both operands' types, for programs that are compiled and not run."""
+        segments = self.segments()
+        types = (self.shape, self.dtype), (segments.shape, segments.dtype)
+        pairs = zip(types, shardings, strict=True)
+        return [jax.ShapeDtypeStruct(*t, sharding=s) for t, s in pairs]
+
     def keywords(self) -> dict[str, Any]:
         """The axes as the public functions take them."""
         axes: dict[str, Any] = dict(axis=self.axis, batch_axis=self.batch_axes)
@@ -175,6 +182,11 @@ def assert_same_bits(actual: Any, expected: Any, message: str = "") -> None:
     assert actual.shape == expected.shape, (message, actual.shape, expected.shape)
     assert actual.dtype == expected.dtype, (message, actual.dtype, expected.dtype)
     np.testing.assert_array_equal(bits(actual), bits(expected), message)
+
+
+def pullback(f: Any) -> Any:
+    """The backward pass of `f(x, segments)`, for `x` as the cotangent."""
+    return lambda x, s: jax.vjp(lambda x: f(x, s), x)[1](x)[0]
 
 
 def enable_x64() -> Any:

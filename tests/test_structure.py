@@ -20,17 +20,13 @@ from jax_revseg import (
     scan_segments,
 )
 from jax_revseg._host_values import HostValues
-from tests.cases import DTYPES, LAYOUTS, Case, bit_width
+from tests.cases import DTYPES, LAYOUTS, Case, bit_width, pullback
 
 # Far larger than its segments: what has its size is a copy of it.
 LARGE = tuple(
     Case(layout, (4, 8, 64), layout=layout, padding_id=0) for layout in LAYOUTS
 )
 by_name = functools.partial(pytest.mark.parametrize, ids=lambda case: case.name)
-
-
-def pullback(f):
-    return lambda x, s: jax.vjp(lambda x: f(x, s), x)[1](x)[0]
 
 
 TRANSFORMS = {
