@@ -5,6 +5,7 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 from jax import lax
 from jax.experimental.jet import jet
 
@@ -145,55 +146,44 @@ def test_padding_value():
         np.testing.assert_array_equal(to_value, ct[is_padding].sum())
 
 
-def test_jacobians():
+@pytest.mark.parametrize("case", SMALL[:3], ids=lambda case: case.name)
+def test_jacobians(case):
     """Fails if a Jacobian is not the permutation's matrix, or a second derivative, in
     any order of the modes, is wrong."""
-    cases, x = SMALL[:3], np.arange(7, dtype=np.float32)
-    segments = [case.segments()[:1] for case in cases]
+    segments, modes = jnp.asarray(case.segments()[:1]), (jax.jacfwd, jax.jacrev)
+
+    def f(x):
+        return case.call(x[None], segments)[0]
+
+    def squares(x):  # sum of x[i] * x[p[i]]: its Hessian is P + P transposed.
+        return f(x) @ x
 
     @jax.jit
-    def run(x, segments):
-        outs = []
-        for case, s in zip(cases, segments, strict=True):
-            f = lambda x, case=case, s=s: case.call(x[None], s)[0]  # noqa: E731
-            # The sum of x[i] * x[p[i]], whose Hessian is P + P transposed.
-            squares = lambda x, f=f: f(x) @ x  # noqa: E731
-            modes = jax.jacfwd, jax.jacrev
-            hessians = [a(b(squares))(x) for a in modes for b in modes]
-            outs.append(([mode(f)(x) for mode in modes], hessians))
-        return outs
+    def run(x):
+        hessians = [a(b(squares))(x) for a in modes for b in modes]
+        return [mode(f)(x) for mode in modes], hessians
 
-    for case, s, (jacobians, hessians) in zip(
-        cases, segments, run(x, segments), strict=True
-    ):
-        matrix = np.eye(7, dtype=np.float32)[case.expected(np.arange(7)[None], s)[0]]
-        for jacobian in jacobians:
-            assert_same_bits(jacobian, matrix, case.name)
-        for hessian in hessians:
-            assert_same_bits(hessian, matrix + matrix.T, case.name)
+    row = case.expected(np.arange(7)[None], case.segments()[:1])[0]
+    matrix = np.eye(7, dtype=np.float32)[row]
+    jacobians, hessians = run(jnp.arange(7.0))
+    for jacobian in jacobians:
+        assert_same_bits(jacobian, matrix)
+    for hessian in hessians:
+        assert_same_bits(hessian, matrix + matrix.T)
 
 
 def test_integers():
     """Fails if integer data, or lengths, have a gradient other than float0's
     nothing."""
     case, x = SMALL[0], np.arange(56).reshape(4, 7, 2)
-    segments = jnp.asarray(case.segments())
-    nothing = np.zeros(x.shape, jax.dtypes.float0)
+    segments, nothing = case.segments(), np.zeros(x.shape, jax.dtypes.float0)
     out, tangent = jax.jvp(lambda x: case.call(x, segments), (x,), (nothing,))
-    assert_same_bits(out, case.expected(out.dtype.type(x), case.segments()))
+    assert_same_bits(out, case.expected(out.dtype.type(x), segments))
     (ct,) = jax.vjp(lambda x: case.call(x, segments), x)[1](nothing)
-    for derivative in (tangent, ct):
-        assert derivative.dtype == jax.dtypes.float0 and derivative.shape == x.shape
-
-    def loss(x, segments):
-        return (case.call(x, segments) * jnp.arange(7.0)[:, None]).sum()
-
-    gradient = jax.grad(loss, (0, 1), allow_int=True)
-    to_x, to_segments = gradient(x.astype(np.float32), segments)
-    weights = np.broadcast_to(np.arange(7, dtype=np.float32)[:, None], x.shape)
-    assert_same_bits(to_x, case.expected(weights, case.segments()))
-    assert to_segments.dtype == jax.dtypes.float0
-    assert to_segments.shape == segments.shape
+    of_lengths = jax.grad(lambda s: case.call(1.0 * x, s).sum(), allow_int=True)
+    to_lengths = of_lengths(jnp.asarray(segments))
+    for derivative, of in ((tangent, x), (ct, x), (to_lengths, segments)):
+        assert derivative.dtype == jax.dtypes.float0 and derivative.shape == of.shape
 
 
 def test_no_cotangent():
@@ -214,25 +204,18 @@ def test_no_cotangent():
 
 def test_taylor_mode():
     """Fails if terms of a Taylor series are not reversed along with the value."""
+    case, lengths = Case("jet", (2, 7)), np.array([3, 7])
     x = np.random.default_rng(0).standard_normal((2, 7)).astype(np.float32)
-    lengths = np.array([3, 7])
-
-    def expected(x):
-        return np.stack([np.r_[x[0, 2::-1], x[0, 3:]], x[1, ::-1]])
-
     terms = [6 * np.round(9 * x + k) for k in range(3)]  # jet divides by factorials.
     out, series = jet(lambda x: reverse_sequence(x, lengths), (x,), (terms,))
-    assert_same_bits(out, expected(x))
-    for got, term in zip(series, terms, strict=True):
-        assert_same_bits(got, expected(term))
+    for got, term in zip((out, *series), (x, *terms), strict=True):
+        assert_same_bits(got, case.expected(term, lengths))
 
 
 def test_segment_order():
     """Fails if the gradient of the order of segments is not the inverse permutation."""
     cotangent = np.arange(6, dtype=np.float32)
-
-    def order(x):
-        return reverse_segment_order(x, jnp.array([1, 3]))[0]
-
-    (gradient,) = jax.jit(lambda ct: jax.vjp(order, jnp.zeros(6))[1](ct))(cotangent)
-    assert_same_bits(gradient, cotangent[[3, 0, 1, 2, 4, 5]])
+    _, vjp = jax.vjp(
+        lambda x: reverse_segment_order(x, jnp.array([1, 3]))[0], cotangent
+    )
+    assert_same_bits(vjp(cotangent)[0], cotangent[[3, 0, 1, 2, 4, 5]])
