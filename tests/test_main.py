@@ -54,19 +54,13 @@ def test_quick_json(capsys):
 
 
 def test_text_ends_with_the_verdict(capsys, monkeypatch):
-    time_case = self_check.time_case
-    monkeypatch.setattr(
-        self_check,
-        "time_case",
-        lambda shape, *rest: time_case((4, 32, *shape[2:]), *rest),
-    )
+    small = [(4, 32, 8, 1), (4, 32, 8, 4)]  # On a CPU they are taken as they are.
+    monkeypatch.setattr(self_check, "SIZES", small)
     monkeypatch.setattr(self_check, "CASES", self_check.CASES[:1])
     assert self_check.main([]) == 0
     text = capsys.readouterr().out
-    assert "not run" not in text and "to a copy" in text
+    assert text.count(" to a copy") == len(small) * text.count("\ncpu (")
     assert text.splitlines()[-1].startswith("All is right: ")
-    timing = time_case((4, 32, 8), 4, jax.devices()[0])
-    assert timing["ratio"] > 0 and timing["ms"] > 0 and timing["copy_ms"] > 0
 
 
 def test_a_fault_fails_every_check():
