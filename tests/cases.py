@@ -96,25 +96,20 @@ class Case:
         pairs = zip(types, shardings, strict=True)
         return [jax.ShapeDtypeStruct(*t, sharding=s) for t, s in pairs]
 
-    def keywords(self) -> dict[str, Any]:
-        """The axes as the public functions take them."""
-        axes: dict[str, Any] = dict(axis=self.axis, batch_axis=self.batch_axes)
-        if self.layout == "ids":
-            axes["padding_id"] = self.padding_id
-        return axes
-
     def call(self, x: Any, segments: Any, **more: Any) -> jax.Array:
         """The public function on these operands."""
-        keywords = self.keywords() | more
+        axes: dict[str, Any] = dict(axis=self.axis, batch_axis=self.batch_axes, **more)
         if self.layout in ("ids", "starts"):  # They lie like x.
             order = np.argsort((*self.batch_axes, self.axis))
             numpy = jnp if isinstance(segments, jax.Array) else np
             segments = numpy.transpose(segments, order)
         if self.layout == "padded":
-            return reverse_sequence(x, segments, **keywords)
+            return reverse_sequence(x, segments, **axes)
+        if self.layout == "ids":
+            axes["padding_id"] = self.padding_id
         names = {"packed": "lengths", "ids": "segment_ids", "offsets": "cu_seqlens"}
-        argument = names.get(self.layout, self.layout)
-        return reverse_segments(x, **{argument: segments}, **keywords)
+        axes[names.get(self.layout, self.layout)] = segments
+        return reverse_segments(x, **axes)
 
     def expected(
         self, x: np.ndarray, segments: np.ndarray, padding_value: Any = None
@@ -125,15 +120,9 @@ class Case:
             layout, segments = "packed", np.diff(segments.astype(object))
         elif layout == "starts":
             layout, segments = "ids", 1 + segments.cumsum(-1)
-        return _reference.reverse(
-            x,
-            segments,
-            axis=self.axis,
-            batch_axes=self.batch_axes,
-            layout=layout,
-            padding_id=self.padding_id,
-            padding_value=padding_value,
-        )
+        axes = dict(axis=self.axis, batch_axes=self.batch_axes)
+        more = dict(padding_id=self.padding_id, padding_value=padding_value)
+        return _reference.reverse(x, segments, layout=layout, **axes, **more)
 
 
 def random_bits(

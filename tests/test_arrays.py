@@ -12,14 +12,7 @@ from jax.experimental.layout import Format, Layout
 from jax.sharding import SingleDeviceSharding
 
 from jax_revseg import reverse_sequence
-from tests.cases import (
-    DTYPES,
-    WIDE,
-    Case,
-    assert_same_bits,
-    enable_x64,
-    random_bits,
-)
+from tests.cases import DTYPES, WIDE, Case, assert_same_bits, enable_x64, random_bits
 
 CASES = tuple(
     Case(f"{layout}-arrays", (4, 7, 2), layout=layout, padding_id=0)

@@ -1,6 +1,5 @@
 """Mesh axes of type Auto: the compiler chooses, and must not move data for it."""
 
-import contextlib
 from functools import partial
 
 import jax
@@ -21,6 +20,7 @@ from tests.meshes import (
 )
 
 MESH = mesh()
+FLAG = "jax_use_shardy_partitioner"
 SHAPE = (8, 8, 8)  # Every axis can be cut over all devices.
 SEGMENTS = [case.segments() for case in CASES]
 SEGMENTS[2] = np.pad(SEGMENTS[2], ((0, 0), (0, 2)))  # Two more ids for T = 8.
@@ -34,24 +34,21 @@ SPECS = {  # Of x, and of the rows of segments.
 EXCHANGES = {"steps": (P(None, "a"), None), "segments-only": (P(), "a")}
 
 
-@contextlib.contextmanager
-def partitioner(name):
+@pytest.fixture(params=("shardy", "gspmd"))
+def partitioner(request):
     """Shardy, or GSPMD as long as JAX has it."""
-    flag = "jax_use_shardy_partitioner"
-    if not hasattr(jax.config, flag):
-        if name == "gspmd":
-            pytest.skip("this JAX has no GSPMD partitioner any more")
+    before, flag = getattr(jax.config, FLAG, None), request.param == "shardy"
+    if before is None and not flag:
+        pytest.skip("this JAX has no GSPMD partitioner any more")
+    if before is None:
         yield
-        return
-    before = getattr(jax.config, flag)
-    jax.config.update(flag, name == "shardy")
-    try:
+    else:
+        jax.config.update(FLAG, flag)
         yield
-    finally:
-        jax.config.update(flag, before)
+        jax.config.update(FLAG, before)
 
 
-each_partitioner = pytest.mark.parametrize("which", ("shardy", "gspmd"))
+each_partitioner = pytest.mark.usefixtures("partitioner")
 
 
 def operands(x_spec, rows):
@@ -68,11 +65,10 @@ def run(f, *operands):
 
 @each_partitioner
 @pytest.mark.parametrize("name", SPECS | EXCHANGES)
-def test_values_and_gradients(name, which):
+def test_values_and_gradients(name):
     """Fails on wrong values, on devices that exchange data, or all hold the whole."""
     xs, segments = operands(*(SPECS | EXCHANGES)[name])
-    with partitioner(which):
-        (ys, x_bars), exchanged = run(partial(with_gradients, calls), xs, segments, xs)
+    (ys, x_bars), exchanged = run(partial(with_gradients, calls), xs, segments, xs)
     assert not exchanged or name in EXCHANGES
     assert exchanged or name != "steps"  # Else this test is blind to collectives.
     for case, x, s, *both in zip(CASES, xs, SEGMENTS, ys, x_bars, strict=True):
@@ -83,13 +79,12 @@ def test_values_and_gradients(name, which):
 
 
 @each_partitioner
-def test_other_axes(which):
+def test_other_axes():
     """Fails if only batch axes in front work: here time-major, with two batch axes."""
     call = jax.vmap(CASES[0].call, (2, 1), 2)  # Lengths (8, 8), x (8, 8, 8, 8).
     x = put(MESH, integers((8, 8, 8, 8)), "a", None, "b", None)
     lengths = np.arange(64).reshape(8, 8) % 9
-    with partitioner(which):
-        y, exchanged = run(call, x, put(MESH, lengths, "a", "b"))
+    y, exchanged = run(call, x, put(MESH, lengths, "a", "b"))
     assert not exchanged
     for i in range(8):
         want = CASES[0].expected(np.asarray(x)[:, :, i], lengths[:, i])

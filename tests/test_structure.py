@@ -43,26 +43,19 @@ TRANSFORMS = {
 def equations(jaxpr):
     """Every equation, those of inner jaxprs instead of the call of them."""
     for equation in jaxpr.eqns:
-        inner = [
-            getattr(value, "jaxpr", value)
-            for value in equation.params.values()
-            if hasattr(getattr(value, "jaxpr", value), "eqns")
-        ]
-        if inner:
-            for each in inner:
-                yield from equations(each)
-        else:
+        values = [getattr(v, "jaxpr", v) for v in equation.params.values()]
+        inner = [value for value in values if hasattr(value, "eqns")]
+        for each in inner:
+            yield from equations(each)
+        if not inner:
             yield equation
 
 
 def large_equations(f, x, segments):
     """The names of the primitives that make an array of x's size."""
-    closed = jax.make_jaxpr(f)(x, segments)
-    return [
-        equation.primitive.name
-        for equation in equations(closed.jaxpr)
-        if any(out.aval.size >= x.size for out in equation.outvars)
-    ]
+    found = equations(jax.make_jaxpr(f)(x, segments).jaxpr)
+    large = [e for e in found if any(out.aval.size >= x.size for out in e.outvars)]
+    return [equation.primitive.name for equation in large]
 
 
 @by_name("case", LARGE)
