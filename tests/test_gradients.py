@@ -109,16 +109,13 @@ def test_while_loop():
     case, lengths = Case("loop", (2, 6)), np.array([2, 3])
     x, dx = np.random.default_rng(0).standard_normal((2, 2, 6)).astype(np.float32)
 
-    @jax.jit
-    def run(x, lengths):
-        def body(carry):
-            x, lengths = carry
-            return reverse_sequence(x, lengths), lengths + 1
+    def turn(carry):
+        return reverse_sequence(*carry), carry[1] + 1
 
-        return lax.while_loop(lambda carry: carry[1][0] < 4, body, (x, lengths))[0]
+    def run(x):
+        return lax.while_loop(lambda carry: carry[1][0] < 4, turn, (x, lengths))[0]
 
-    outs = jax.jvp(lambda x: run(x, lengths), (x,), (dx,))
-    for out, given in zip(outs, (x, dx), strict=True):
+    for out, given in zip(jax.jvp(jax.jit(run), (x,), (dx,)), (x, dx), strict=True):
         once = case.expected(given, lengths)
         assert_same_bits(out, case.expected(once, lengths + 1))
 

@@ -119,49 +119,36 @@ def test_vmap_over_a_sharded_axis(name):
         assert (spec_of(y), spec_of(x_bar)) == (SPECS[name][2], spec_of(xs[0]))
 
 
-def test_vmap_over_a_sharded_feature():
-    """Fails if an axis of x that has no segments loses its sharding."""
-    x, lengths = put(MESH, integers(SHAPE), "a", None, "b"), put(MESH, SEGMENTS[0], "a")
-    with jax.set_mesh(MESH):
-        y = jax.jit(jax.vmap(reverse_sequence, (2, None), 2))(x, lengths)
-    assert_same_bits(y, CASES[0].expected(integers(SHAPE), SEGMENTS[0]))
-    assert spec_of(y) == ("a", None, "b")
-
-
 def test_order_of_segments():
     """Fails if the sums of lengths, or the sharding of the reversed lengths, are
     wrong."""
-    f = jax.jit(reverse_segment_order)
-    want = _reference.reverse_order(
-        integers(SHAPE), SEGMENTS[1], axis=1, batch_axes=(0,)
-    )
+    x, axes = integers(SHAPE), dict(axis=1, batch_axes=(0,))
+    wanted = _reference.reverse_order(x, SEGMENTS[1], **axes)
+    lengths = put(MESH, SEGMENTS[1], "a", None)
     for x_spec in (("a", None, "b"), (None, None, "b")):
-        x = put(MESH, integers(SHAPE), *x_spec)
         with jax.set_mesh(MESH):
-            y, lengths = f(x, put(MESH, SEGMENTS[1], "a", None))
-        np.testing.assert_array_equal(y, want[0])
-        np.testing.assert_array_equal(lengths, want[1])
-        assert (spec_of(y), spec_of(lengths)) == (("a", None, "b"), ("a", None))
+            outs = jax.jit(reverse_segment_order)(put(MESH, x, *x_spec), lengths)
+        for out, want in zip(outs, wanted, strict=True):
+            np.testing.assert_array_equal(out, want)
+        assert [*map(spec_of, outs)] == [("a", None, "b"), ("a", None)]
 
 
 def test_other_operands():
     """Fails if host lengths, offsets or a bare bind cannot take a sharded array."""
-    x, case = put(MESH, integers(SHAPE), "a", None, "b"), CASES[1]
-    lengths = SEGMENTS[1]
-    offsets = np.concatenate([0 * lengths[:, :1], lengths.cumsum(-1)], -1)
-    want, layout = case.expected(integers(SHAPE), lengths), Layout("packed", 1, (0,))
+    x, lengths = put(MESH, integers(SHAPE), "a", None, "b"), SEGMENTS[1]
+    offsets = np.pad(lengths.cumsum(-1), ((0, 0), (1, 0)))
     with jax.set_mesh(MESH):
         on_device = put(MESH, lengths, "a", None)
         outs = [
             reverse_segments(x, lengths),
             jax.jit(lambda x: reverse_segments(x, lengths))(x),
             reverse_segments(x, cu_seqlens=put(MESH, offsets, "a", None)),
-            reverse_segments_p.bind(x, on_device, layout=layout),
+            reverse_segments_p.bind(x, on_device, layout=Layout("packed", 1, (0,))),
         ]
         with jax.disable_jit():
             outs.append(reverse_segments(x, on_device))
     for y in outs:
-        assert_same_bits(y, want)
+        assert_same_bits(y, CASES[1].expected(integers(SHAPE), lengths))
         assert spec_of(y) == ("a", None, "b")
 
 
