@@ -34,8 +34,7 @@ def stacked(case, x, segments):
 
 
 def test_every_dtype_under_a_stack():
-    """Fails on a dtype that a rule cannot take, or whose bits one changes, or on the
-    hidden axis of keys taken for one of theirs."""
+    """Fails if a rule refuses a dtype, changes bits, or sees the hidden axis of keys."""
     with enable_x64():
         rng = np.random.default_rng(0)
         xs = {d: random_bits(rng, (4, 7, 2), d) for d in DTYPES}
@@ -73,19 +72,18 @@ def test_four_bit_floats_in_a_loop_over_rows():
 
 def test_key_reuse():
     """Fails on another rule than `lax.rev` has, which uses its keys up."""
+    keys = jax.random.split(jax.random.key(0), 4)
     for reverse in (lambda k: lax.rev(k, (0,)), lambda k: reverse_sequence(k, 3)):
+        twice = jax.jit(lambda k: (reverse(k), jax.vmap(jax.random.bits)(k)))  # noqa: B023
         with jax.debug_key_reuse(True), pytest.raises(jax.errors.KeyReuseError):
-            jax.jit(lambda k: (reverse(k), jax.vmap(jax.random.bits)(k)))(  # noqa: B023
-                jax.random.split(jax.random.key(0), 4)
-            )
+            twice(keys)
 
 
 def test_donation():
     """Fails on an output written over the input that it is still read from."""
-    x, want = ROWS.x(), ROWS.expected(ROWS.x(), LENGTHS)
-    donated = jnp.array(x)
+    donated = jnp.array(ROWS.x())
     y = jax.jit(ROWS.call, donate_argnums=0)(donated, LENGTHS)
-    assert_same_bits(y, want)
+    assert_same_bits(y, ROWS.expected(ROWS.x(), LENGTHS))
     assert donated.is_deleted()
 
 

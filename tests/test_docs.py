@@ -41,17 +41,13 @@ def run(path, parser, **kinds):
     return len(examples)
 
 
+def marked(page):
+    mark = pytest.mark.peers if page.name in PEERS else pytest.mark.docs
+    return pytest.param(page, id=page.name, marks=mark)
+
+
 @pytest.mark.parametrize(
-    "page",
-    [
-        pytest.param(
-            page,
-            id=page.name,
-            marks=pytest.mark.peers if page.name in PEERS else pytest.mark.docs,
-        )
-        for page in PAGES
-        if "```python" in page.read_text()
-    ],
+    "page", [marked(page) for page in PAGES if "```python" in page.read_text()]
 )
 def test_page(page):
     """Each block of Python gives what the page says that it gives."""

@@ -44,8 +44,7 @@ def encodings(size):
 
 @pytest.mark.parametrize("size", (1, 2, 6, 9))
 def test_every_segmentation(size):
-    """Fails if some arrangement of boundaries, neighbours and tail is reversed
-    wrongly."""
+    """Fails if some arrangement of boundaries and tail is reversed wrongly."""
     lengths, ids, offsets = encodings(size)
     assert len(lengths) == 2**size
     assert len(np.unique(ids, axis=0)) == 2**size  # No row is tried twice.

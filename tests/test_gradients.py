@@ -121,8 +121,7 @@ def test_while_loop():
 
 
 def test_padding_value():
-    """Fails if gradient flows into overwritten padding, or not into what overwrote
-    it."""
+    """Fails if a gradient reaches overwritten padding, or not the padding value."""
     xs, segments = [c.x() for c in SMALL], [c.segments() for c in SMALL]
     cts = [
         np.random.default_rng(0).integers(1, 9, c.shape).astype(c.dtype) for c in SMALL
@@ -170,8 +169,7 @@ def test_jacobians(case):
 
 
 def test_integers():
-    """Fails if integer data, or lengths, have a gradient other than float0's
-    nothing."""
+    """Fails if integers or lengths have a gradient of another dtype than float0."""
     case, x = SMALL[0], np.arange(56).reshape(4, 7, 2)
     segments, nothing = case.segments(), np.zeros(x.shape, jax.dtypes.float0)
     out, tangent = jax.jvp(lambda x: case.call(x, segments), (x,), (nothing,))

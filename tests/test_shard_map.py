@@ -140,8 +140,7 @@ def test_transformed_outside(transform):
 
 
 def test_gradient_inside():
-    """Fails if gradients of each device are not summed over the devices that share one
-    x."""
+    """Fails if the gradients of devices that share an x are not summed."""
     name = "one-axis-each"
     x, cts = operands(name)
     x_spec, spec, out_spec, _ = SPECS[name]

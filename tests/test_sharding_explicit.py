@@ -120,8 +120,7 @@ def test_vmap_over_a_sharded_axis(name):
 
 
 def test_order_of_segments():
-    """Fails if the sums of lengths, or the sharding of the reversed lengths, are
-    wrong."""
+    """Fails on wrong sums of lengths, or another sharding of the reversed lengths."""
     x, axes = integers(SHAPE), dict(axis=1, batch_axes=(0,))
     wanted = _reference.reverse_order(x, SEGMENTS[1], **axes)
     lengths = put(MESH, SEGMENTS[1], "a", None)
@@ -233,8 +232,7 @@ def test_scans_refuse_a_sharded_segment_axis(x_axis, ids_axis):
 
 
 def test_two_batch_axes():
-    """Fails if only the first axis of lengths counts, or an x without a mesh is
-    refused."""
+    """Fails if only the first axis of lengths counts, or x needs a mesh."""
     x = integers((8, 8, 4))
     lengths = np.arange(64).reshape(8, 8) % 5
     want = _reference.reverse(x, lengths, axis=2, batch_axes=(0, 1), layout="padded")

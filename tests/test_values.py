@@ -59,8 +59,7 @@ def test_eager(case):
 
 
 def test_padding_value():
-    """Fails if padding is not overwritten, something else is, or the bits of the rest
-    change."""
+    """Fails if padding is not overwritten, or anything else changes."""
     rows = [case for case in AXES if len(case.batch_axes) == 2]
     group = [*rows, *TYPES]
     with enable_x64():
@@ -85,8 +84,7 @@ def test_padding_value():
 
 
 def test_padding_value_at_the_limits():
-    """Fails if the least and the greatest value of a dtype are taken for values past
-    it."""
+    """Fails if the least or the greatest value of a dtype is refused."""
     limits = {d: (np.iinfo(d).min, np.iinfo(d).max) for d in ("int8", "uint32")}
     limits["float32"] = (np.finfo("float32").min, np.finfo("float32").max, np.inf)
     limits["bool"] = (0, 1)  # Integers, one of which packing has by default.
@@ -199,8 +197,7 @@ def test_padding_id_at_the_limits():
 
 
 def test_sums_that_wrap():
-    """Fails if a running sum of lengths that wraps around 2**32 opens segments
-    again."""
+    """Fails if a sum of lengths that wraps around 2**32 opens segments again."""
     most = np.iinfo(np.int32).max
     few = [[2, most, most, 2, 2], [-most, 6, 1, -1, most], [most] * 5]
     n = 2**16  # So many segments of so many steps are 2**32, which wraps to 0.
@@ -249,8 +246,7 @@ def test_table():
 
 
 def test_segment_order():
-    """Fails on segments in the wrong order, changed content, or lengths not
-    returned."""
+    """Fails on a wrong order, changed content, or other lengths than those."""
     rng, axes = np.random.default_rng(0), dict(axis=2, batch_axes=(1, 0))
     x = rng.standard_normal((3, 2, 9, 2)).astype(np.float32)
     reverse = jax.jit(

@@ -71,8 +71,7 @@ def test_this_jax_is_supported():
 
 @pytest.mark.skipif(not (ROOT / ".ci").exists(), reason="not a checkout")
 def test_missing_python_does_not_pass_for_run(tmp_path):
-    """Fails if a version that no Python here can run is reported as if it had
-    passed."""
+    """Fails if a version that no Python here can run seems to pass."""
     run = subprocess.run(
         [ROOT / ".ci" / "find-python", "3.99"],
         capture_output=True,

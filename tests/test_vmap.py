@@ -62,8 +62,7 @@ def base_cases(layout):
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_every_axis(layout):
-    """Fails if an axis of an operand or of the result is another one than was asked
-    for."""
+    """Fails if an axis of an operand or of the result is not the one asked for."""
     combinations = []
     for case in base_cases(layout):
         x_dims = (None, *range(len(case.shape) + 1))
