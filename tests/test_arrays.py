@@ -34,7 +34,7 @@ def stacked(case, x, segments):
 
 
 def test_every_dtype_under_a_stack():
-    """Fails if a rule refuses a dtype, changes bits, or sees the hidden axis of keys."""
+    """Fails if a rule refuses a dtype, changes bits, or takes the axis inside keys."""
     with enable_x64():
         rng = np.random.default_rng(0)
         xs = {d: random_bits(rng, (4, 7, 2), d) for d in DTYPES}
