@@ -73,10 +73,10 @@ PACKED = [[1, 7], [8, 0], [4, 5], [9, 9]], [[1, 7], [8, 0], [4, 4], [0, 0]]
 OFFSETS = [[0, 3, 8], [0, 5, 2], [0, 0, 0], [0, 1, 8]]
 OFFSETS = OFFSETS, [[0, 3, 8], [0, 5, 5], [0, 0, 0], [0, 1, 8]]
 BEYOND = [3, 3, 3, 1], [3, 3, 2, 1]
-# How the message goes on after the function's name.
-LONG, SUM = r"lengths\[2\] is 9.* 0 and 8", r"lengths\[2, 1\] is 5.* more than 8"
-DECREASE, OF_X = r"lengths\[1, 1\] is -3.*decrease", ".* more than 8, .* axis 0 of x"
-TOTAL = ".* more than 9, total_length"
+# How the message goes on after the function's name, loosely.
+LONG, SUM = r"lengths\[2\] is 9\D.*\b8\b", r"lengths\[2, 1\] is 5\D.*\b8\b"
+DECREASE, OF_X = r"lengths\[1, 1\] is -3\D.*cu_seqlens", r"\D.*\b8\b.*axis 0 of x"
+TOTAL = r"\D.*\b9\b.*total_length"
 # By the function's name: a call, values, the message.
 BAD = {
     "reverse_sequence": (reverse_sequence, PADDED, LONG),
@@ -91,7 +91,7 @@ BAD = {
     "associative_scan_segments": (associative, PADDED, LONG),
     "pack_segments": (pack, ([3, 6], [3, 5]), r"lengths\[1\] is 6" + OF_X),
     "unpack_segments": (unpack, BEYOND, r"lengths\[3\] is 1" + TOTAL),
-    "unpack_segments negative": (unpack, NEGATIVE, r"lengths\[1\] is -1.* negative"),
+    "unpack_segments negative": (unpack, NEGATIVE, r"lengths\[1\] is -1\b"),
 }
 
 
@@ -235,7 +235,7 @@ def test_narrow_and_wide_dtypes(dtype, value, size):
         return [checkify.checkify(f)(jnp.zeros((2, size)), s)[0] for f, s in calls]
 
     *errors, none = (error.get() for error in run(lengths, packed, offsets, good))
-    at = f"[1] is {value}", f"[1, 0] is {value}", "cu_seqlens decrease"
+    at = f"[1] is {value}", f"[1, 0] is {value}", "cu_seqlens"
     assert all(part in error for part, error in zip(at, errors, strict=True))
     assert none is None
 
