@@ -51,10 +51,9 @@ def test_each_segment_is_combined_alone():
     clean["m"][0, :2] = 1e30  # Their product is infinite.
     carry_in = jax.tree.map(lambda x: x[::-1, -1], clean)
     cases = {  # The direction, and whether there is a `carry_in`.
-        "lengths": (False, True),
+        "lengths": (False, False),
         "ids": (True, True),
-        "ids and padding": (True, False),
-        "offsets": (True, True),
+        "ids and padding": (True, True),
     }
     valid = {name: valid_steps(**PACKED[name]) for name in cases}
 

@@ -31,6 +31,11 @@ def make_mesh(axis_type=AxisType.Auto, **sizes):
     return jax.make_mesh(tuple(sizes.values()), tuple(sizes), axis_types=axis_types)
 
 
+def mapped(f, in_specs, out_specs, **sizes):
+    mesh = make_mesh(**sizes)
+    return jax.shard_map(f, mesh=mesh, in_specs=in_specs, out_specs=out_specs)
+
+
 def specs(case, axis_name="seq", batch=None):
     """The specs of x and of the segments: blocks of the segment axis, and of axis 0."""
     of_x = {a: None for a in range(len(case.shape))} | {case.axis: axis_name}
@@ -132,12 +137,8 @@ def test_keys():
 def test_reverse_segment_order(batch):
     case = Case("order", (batch, 16, 4), layout="packed", count=4)
     x, lengths, operands = case.x(), case.segments(), specs(case)
-    f = jax.shard_map(
-        partial(reverse_segment_order, axis_name="seq"),
-        mesh=make_mesh(seq=4),
-        in_specs=operands,
-        out_specs=operands,  # The lengths stay replicated.
-    )
+    order = partial(reverse_segment_order, axis_name="seq")
+    f = mapped(order, operands, operands, seq=4)  # The lengths stay replicated.
 
     @jax.jit
     def both(x):
@@ -177,12 +178,8 @@ def test_what_all_devices_share_gets_a_sum_of_gradients(same):
     x, sizes, block = np.arange(32.0).reshape(16, 2), dict(data=2, seq=4), P("seq")
     if same == "x and lengths":  # Four equal blocks make one axis.
         n, ct, x, sizes, block = n[:1], ct[:1], x[:4], dict(data=1, seq=4), P()
-    f = jax.shard_map(
-        lambda x, n: reverse_sequence(x, n[0], axis_name="seq")[None],
-        mesh=make_mesh(**sizes),
-        in_specs=(block, P("data")),
-        out_specs=P("data", "seq"),
-    )
+    f = lambda x, n: reverse_sequence(x, n[0], axis_name="seq")[None]  # noqa: E731
+    f = mapped(f, (block, P("data")), P("data", "seq"), **sizes)
     out, ct_x = value_and_pullback(f)(x, n, ct)
     whole = np.tile(x, (len(n), 16 // len(x), 1))
     np.testing.assert_array_equal(out, reverse_sequence(whole, n))
@@ -192,12 +189,8 @@ def test_what_all_devices_share_gets_a_sum_of_gradients(same):
 
 def test_result_varies():
     """Fails if one block passes for the whole result."""
-    f = jax.shard_map(
-        partial(reverse_sequence, axis_name="seq"),
-        mesh=make_mesh(seq=4),
-        in_specs=(P("seq"), P()),
-        out_specs=P(),
-    )
+    f = partial(reverse_sequence, axis_name="seq")
+    f = mapped(f, (P("seq"), P()), P(), seq=4)
     with pytest.raises(ValueError, match="out_specs"):
         jax.eval_shape(f, np.ones((16, 4)), np.int32(3))
 
@@ -215,12 +208,10 @@ WRAPPERS = (
 
 @pytest.mark.parametrize("inside", [True, False], ids=["inside", "outside"])
 def test_transformations(inside):
-    case, mesh = Case("transformations", (5, 16, 4)), make_mesh(seq=4)
+    case = Case("transformations", (5, 16, 4))
     of_x, of_segments = specs(case)
     local = partial(case.call, axis_name="seq")
-    place = partial(
-        jax.shard_map, mesh=mesh, in_specs=(of_x, of_segments), out_specs=of_x
-    )
+    place = partial(mapped, in_specs=(of_x, of_segments), out_specs=of_x, seq=4)
     functions = [place(w(local)) if inside else w(place(local)) for w in WRAPPERS]
     check([case] * len(WRAPPERS), functions)
 
@@ -256,20 +247,18 @@ def test_host_values_describe_the_whole_axis():
     """Fails if they count for a block, or if ids from the host pass for a block."""
     for f, x, pattern in (
         (
-            lambda x: reverse_sequence(x, [17, 16], axis=0, axis_name="seq"),
+            partial(reverse_sequence, lengths=[17, 16], axis=0),
             np.ones((16, 2)),
             r"lengths\[0\] is 17.* 16.* 2 devices",
         ),
         (
-            lambda x: reverse_segments(x, segment_ids=[1] * 8, axis_name="seq"),
+            partial(reverse_segments, segment_ids=[1] * 8),
             np.ones(16),
             "segment_ids.*2 devices.*in_specs",
         ),
     ):
-        spec = P("seq")
-        f = jax.shard_map(f, mesh=make_mesh(seq=2), in_specs=spec, out_specs=spec)
         with pytest.raises(ValueError, match=pattern):
-            f(x)
+            mapped(partial(f, axis_name="seq"), P("seq"), P("seq"), seq=2)(x)
 
 
 def test_lengths_and_offsets_are_not_blocks():
@@ -279,12 +268,8 @@ def test_lengths_and_offsets_are_not_blocks():
         (reverse_sequence, "lengths", (4,), P("seq")),
         (add, "cu_seqlens", (2, 4), P(None, "seq")),
     ):
-        f = jax.shard_map(
-            lambda x, n, f=f, name=name: f(x, axis_name="seq", **{name: n}),
-            mesh=make_mesh(seq=2),
-            in_specs=(P(None, "seq"), spec),
-            out_specs=P(),
-        )
+        run = lambda x, n, f=f, name=name: f(x, axis_name="seq", **{name: n})  # noqa: E731
+        f = mapped(run, (P(None, "seq"), spec), P(), seq=2)
         with pytest.raises(ValueError, match=rf"{name} varies .*\['seq'\]"):
             f(np.ones((2, 16)), np.zeros(shape, np.int32))
 
