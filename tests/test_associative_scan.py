@@ -198,4 +198,4 @@ def test_a_device_holds_its_block_alone(key):
     assert not re.search(rf"[\[,]{size}[\],]", compiled.as_text())
     # One element, and a flag, a row and device; all else is a few bytes.
     received = sum(n for _, n in bytes_received(compiled))
-    assert received < 101 * 2 * features * 4
+    assert received < block * 2 * features * 4, received
