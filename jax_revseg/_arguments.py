@@ -19,20 +19,29 @@ BatchAxis = int | Sequence[int] | None
 Integers = ArrayLike | Sequence[Any]  # ArrayLike leaves lists out.
 
 
-_ROWS = (
-    "convert it with jax.numpy.asarray; for rows of different lengths give "
-    "np.concatenate(rows) and lengths=[len(row) for row in rows] to pack_segments"
-)
 _CONSTANT = "give an array, for a constant with jax.numpy.full_like"
+_ROWS = (
+    "use jax.numpy.asarray; for rows of different lengths give np.concatenate(rows) "
+    "and lengths=[len(row) for row in rows] to pack_segments"
+)
 _REMEDIES = {
     "MaskedArray": "use .filled",
     "PackedSequence": "use pad_packed_sequence, or .data (see migration.md)",
+    "Tensor": "use jax.dlpack.from_dlpack(x.detach()), after x.cpu()",
     "dict": "use jax.tree.map for a pytree",
     "float": _CONSTANT,
     "int": _CONSTANT,
     "list": _ROWS,
     "tuple": _ROWS,
 }
+
+
+def shown(value: Any) -> str:
+    """How messages show a value; an array by its type, such as `float32[2,3]`."""
+    types = jax.Array, jax.ShapeDtypeStruct
+    if isinstance(value, types) or getattr(value, "ndim", 0):
+        return f"{value.dtype}[{','.join(map(str, value.shape))}]"
+    return f"{' '.join(repr(value).split())[:60]} of type {type(value).__name__}"
 
 
 class Call(NamedTuple):
@@ -59,47 +68,32 @@ class Call(NamedTuple):
 
     def array(self, x: Any) -> jax.Array:
         """Returns `x` as an array of rank 1 or more."""
-        x = x if isinstance(x, jax.Array) else self._from_host(x)
-        if x.ndim == 0:
+        try:
+            array = x if isinstance(x, jax.Array) else _from_host(x)
+        except Exception:  # Each framework has its own for other devices.
+            kind = "Tensor" if hasattr(x, "detach") else type(x).__name__
+            remedy = _REMEDIES.get(kind, "convert it to a NumPy array of numbers first")
+            what = f"{self.x_name} must be an array, but is {shown(x)}"
+            self.fail(f"{what}; {remedy}.", TypeError)
+        if array.ndim == 0:
             remedy = "x[None]" if self.reverses else "jax.numpy.full_like"
             self.fail(
                 f"{self.x_name} has rank 0 (shape ()), but needs at least 1 axis, the "
                 f"segment axis; give it one with {remedy}."
             )
-        return x
-
-    def _from_host(self, x: Any) -> jax.Array:
-        kind = type(x).__name__
-        known = hasattr(x, "__array__") or hasattr(x, "__jax_array__")
-        if kind in _REMEDIES or not (known or hasattr(x, "__dlpack__")):
-            remedy = _REMEDIES.get(kind, "convert it with jax.numpy.asarray")
-            self.fail(
-                f"{self.x_name} must be an array, but has type {kind}; {remedy}.",
-                TypeError,
-            )
-        try:
-            # Neither conversion copies. A NaN in the padding is no error.
-            with jax.debug_nans(False), jax.debug_infs(False):
-                return jnp.asarray(x if known else np.from_dlpack(x))
-        except Exception as error:  # Each framework has its own for other devices.
-            remedy = "convert it to a NumPy array of numbers first"
-            if hasattr(x, "detach"):  # PyTorch, which NumPy lacks bfloat16 for.
-                remedy = "use jax.dlpack.from_dlpack(x.detach()), after x.cpu()"
-            what = f"{self.x_name} has dtype {getattr(x, 'dtype', None)}, type {kind}"
-            self.fail(f"{what}, which JAX cannot take ({error}); {remedy}.", TypeError)
+        return array
 
     def integer(self, argument: str, value: Any) -> int:
         """Returns a static integer."""
         try:
             return operator.index(value)
         except TypeError:
-            what = f"{argument} is {value!r} of type {type(value).__name__}"
-            self.fail(f"{what}; use an int.", TypeError)
+            self.fail(f"{argument} is {shown(value)}; use an int.", TypeError)
 
     def flag(self, argument: str, value: Any) -> bool:
         """Returns a static boolean."""
         if not isinstance(value, (bool, np.bool_)):
-            self.fail(f"{argument} is {value!r}; use True or False.", TypeError)
+            self.fail(f"{argument} is {shown(value)}; use True or False.", TypeError)
         return bool(value)
 
     def size(self, argument: str, value: Any) -> Any:
@@ -115,70 +109,39 @@ class Call(NamedTuple):
         """Casts `padding_value` to the dtype of the array, where it is, or raises."""
         if value is None:
             return None
-        number = isinstance(value, (bool, int, float, complex))
-        shape = () if number else getattr(value, "shape", None)
-        if shape != ():
-            what = f"has shape {shape}" if shape else f"is {value!r}"
-            self.fail(
-                f"padding_value {what}, but must be a scalar (shape ()); use "
-                "jax.numpy.where for anything else.",
-                ValueError if shape else TypeError,
-            )
-        on_device = isinstance(value, jax.Array)
+        cast = _device_scalar if isinstance(value, jax.Array) else _host_scalar
         try:
-            return (_device_scalar if on_device else _host_scalar)(value, x.dtype)
+            return cast(value, x.dtype)
         except (TypeError, ValueError, OverflowError, AttributeError):
             self.fail(
-                f"padding_value is {value!r}, which {self.x_name} with dtype {x.dtype} "
-                "cannot hold; use a scalar of that dtype.",
+                f"padding_value is {shown(value)}, but must be a scalar (shape ()) "
+                f"that {self.x_name} with dtype {x.dtype} can hold; use "
+                "jax.numpy.where for anything else.",
                 TypeError,
             )
 
-    def integers(self, argument: str, given: Any) -> Any:
-        """Returns integers where they are: on the host or on a device."""
-        values = self._from_any(argument, given)
-        if values.dtype.kind in "iu":
-            return values
-        if jnp.issubdtype(values.dtype, jnp.integer):  # Kind V: int4 and its like.
-            return values.astype(np.int32) if isinstance(values, np.ndarray) else values
-        remedy = f"use .astype(int), or swap {self.x_name} and {argument}"
-        if values.dtype == bool:
-            remedy = "give a mask of valid steps as mask= to a scan or bidirectional, "
-            remedy += "as segment_ids=mask.astype(int), padding_id=0 to "
-            remedy += "reverse_segments; give flags of first steps as starts="
-        what = f"{argument} has dtype {values.dtype}, but must be integers"
-        self.fail(f"{what}; {remedy}.", TypeError)
-
-    def booleans(self, argument: str, given: Any) -> Any:
-        """Returns a mask where it is: on the host or on a device."""
-        values = self._from_any(argument, given)
-        if values.dtype != bool:
-            self.fail(
-                f"{argument} has dtype {values.dtype}, but must be boolean; compare it "
-                "with 0, or give lengths as lengths= and ids as segment_ids=.",
-                TypeError,
-            )
-        return values
-
-    def _from_any(self, argument: str, given: Any) -> Any:
-        """Converts with jnp if any leaf is on a device, else with NumPy."""
-        if isinstance(given, jax.Array):
-            return given
-        if isinstance(given, np.ma.MaskedArray):
-            self.fail(f"{argument} is a masked array; use .filled.", TypeError)
-        leaves = jax.tree.leaves(given)
-        on_device = any(isinstance(leaf, jax.Array) for leaf in leaves)
-        on_device |= hasattr(given, "__jax_array__")
+    def values(self, argument: str, given: Any, boolean: bool = False) -> Any:
+        """Returns integers or booleans where they are: on the host or on a device."""
         try:
-            values: Any = (jnp if on_device else np).asarray(given)
+            values = given if isinstance(given, jax.Array) else _from_any(given)
         except (TypeError, ValueError, OverflowError) as error:
-            self.fail(f"{argument} is not an array: {error}")
-        if values.size == 0 and not hasattr(given, "dtype"):
-            return values.astype(np.int32)  # NumPy makes floats of [].
-        if values.dtype.kind in "OSUm":
-            what = f"{argument} is {given!r} of type {type(given).__name__}"
-            self.fail(f"{what}; give integers of 64 bits at most.", TypeError)
-        return values
+            self.fail(f"{argument} is not an array: {error}.")
+        if values.dtype.kind in ("b" if boolean else "iu"):
+            return values
+        remedy = f"use .astype(int), or swap {self.x_name} and {argument}"
+        if boolean:
+            remedy = "compare with 0, or give lengths as lengths=, ids as segment_ids="
+        elif values.dtype == bool:
+            remedy = (
+                "give a mask of valid steps as mask= to a scan or bidirectional, as "
+                "segment_ids=mask.astype(int), padding_id=0 to reverse_segments; give "
+                "flags of first steps as starts="
+            )
+        elif jnp.issubdtype(values.dtype, jnp.integer):  # Kind V: int4 and its like.
+            return values.astype(np.int32) if isinstance(values, np.ndarray) else values
+        what = f"{argument} is {shown(given)}, but must be"
+        kind = "booleans" if boolean else "integers of 64 bits at most"
+        self.fail(f"{what} {kind}; {remedy}.", TypeError)
 
     @property
     def devices(self) -> int:
@@ -199,17 +162,35 @@ class Call(NamedTuple):
         )
 
 
+def _from_host(x: Any) -> jax.Array:
+    """Converts without a copy. A NaN in the padding is no error."""
+    known = hasattr(x, "__array__") or hasattr(x, "__jax_array__")
+    with jax.debug_nans(False), jax.debug_infs(False):
+        return jnp.asarray(x if known else np.from_dlpack(x))
+
+
+def _from_any(given: Any) -> Any:
+    """Converts with jnp if any leaf is on a device, else with NumPy."""
+    if isinstance(given, np.ma.MaskedArray):
+        raise TypeError("it is masked; use .filled")
+    leaves = jax.tree.leaves(given)
+    on_device = any(isinstance(leaf, jax.Array) for leaf in leaves)
+    numpy: Any = jnp if on_device or hasattr(given, "__jax_array__") else np
+    values = numpy.asarray(given)
+    # NumPy makes floats of [].
+    return values if values.size or hasattr(given, "dtype") else values.astype(np.int32)
+
+
 def _device_scalar(value: Any, dtype: Any) -> jax.Array:
-    if value.dtype == dtype:  # Extended dtypes, those of keys, are never promoted.
-        return value
-    if jnp.result_type(dtype, value) != dtype:
+    same = value.dtype == dtype  # Extended dtypes, those of keys, are never promoted.
+    if value.ndim or not (same or jnp.result_type(dtype, value) == dtype):
         raise TypeError
-    return value.astype(dtype)
+    return value if same else value.astype(dtype)
 
 
 def _host_scalar(value: Any, dtype: Any) -> np.ndarray:
     """Casts the value, whatever its own dtype is, as JAX does for Python scalars."""
-    if isinstance(value, np.ma.MaskedArray):  # The mask would be lost.
+    if np.shape(value) or isinstance(value, np.ma.MaskedArray):  # The mask is lost.
         raise TypeError
     dtype, given = np.dtype(dtype), np.asarray(value).item()
     kind: Any = float if jnp.issubdtype(dtype, jnp.floating) else int

@@ -127,7 +127,7 @@ def unpack_segments(
 
 
 def _rank_one(call: Call, lengths: Any) -> Any:
-    values = call.integers("lengths", lengths)
+    values = call.values("lengths", lengths)
     if values.ndim != 1:
         call.fail(
             f"lengths has rank {values.ndim} (shape {values.shape}), but must have "

@@ -7,7 +7,7 @@ them.
 from __future__ import annotations
 
 from functools import lru_cache
-from typing import Any, NamedTuple, NoReturn
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -41,18 +41,19 @@ def parse_arrays(
     call: Call, name: str, tree: Any, axis: Any, batch_axis: Any = None, **more: Any
 ) -> tuple[Any, Any, Layout]:
     """Returns the arrays of a pytree, which share their segments and their axes."""
+    call = call._replace(x_name=name)
     leaves, treedef = tree_flatten_with_path(tree)
     if not leaves:
         call.fail(f"{name} is {tree!r}, a pytree without an array; give at least 1.")
     if type(tree).__name__ == "PackedSequence":  # PyTorch's, a named tuple.
-        call._replace(x_name=name).array(tree)
+        call.array(tree)
     encoding, kind, values, *axes = _parse(call, axis, batch_axis, **more)
     arrays, found = [], {}
     for path, leaf in leaves:
         of_leaf = call._replace(x_name=f"{name}{keystr(path)}")
         arrays.append(x := of_leaf.array(leaf))
         layout = _layout(of_leaf, x.shape, encoding, kind, values.shape, *axes)
-        found.setdefault((layout, x.shape[layout.axis]), (of_leaf, x.shape))
+        found[layout, x.shape[layout.axis]] = of_leaf, x.shape
     if len(found) > 1:
         shapes = [f"{c.x_name} has shape {shape}" for c, shape in found.values()]
         call.fail(
@@ -60,8 +61,7 @@ def parse_arrays(
             "them the same axes, and count axis from the start."
         )
     [((layout, _), (call, shape))] = found.items()
-    segments, layout = _segments(call, shape, encoding, values, layout)
-    return treedef.unflatten(arrays), segments, layout
+    return treedef.unflatten(arrays), *_segments(call, shape, encoding, values, layout)
 
 
 def _parse(
@@ -90,8 +90,7 @@ def _parse(
     if call.axis_name is not None:
         _ = call.devices  # Raises for a bad axis_name.
     kind = lengths_kind if name == "lengths" else _KINDS[name]
-    parse = call.booleans if kind in ("mask", "starts") else call.integers
-    values = parse(name, value)
+    values = call.values(name, value, boolean=kind in ("mask", "starts"))
     axis = axis if axis is None else call.integer("axis", axis)
     if batch_axis is not None:
         axes = batch_axis if isinstance(batch_axis, (tuple, list)) else (batch_axis,)
@@ -103,21 +102,19 @@ def _segments(
     call: Call, x_shape: tuple[int, ...], name: str, values: Any, layout: Layout
 ) -> tuple[Any, Layout]:
     """Returns checked segments, whose last axis goes over steps or segments."""
-    if call.axis_name is not None and not layout.per_step:
-        names = {call.axis_name} if isinstance(call.axis_name, str) else call.axis_name
-        if differ := _compat.varying(values) & set(names):
+    on_device = isinstance(values, jax.Array)
+    if layout.per_step:  # They lie like x.
+        at = sorted((*layout.batch_axes, layout.axis)).index(layout.axis)
+        numpy: Any = jnp if on_device else np
+        values = values if at == values.ndim - 1 else numpy.moveaxis(values, at, -1)
+    elif call.axis_name is not None:
+        if differ := _compat.varying(values) & {*jax.tree.leaves(call.axis_name)}:
             call.fail(
                 f"{name} varies over mesh axis {sorted(differ)}, but axis_name is "
                 f"{call.axis_name!r}: every device needs the {name} of the whole rows; "
                 "pass it into shard_map with in_specs that leave that axis out."
             )
-    if name == "lengths" and isinstance(values, jax.Array):
-        return values, layout
-    if layout.per_step:  # They lie like x.
-        at = sorted((*layout.batch_axes, layout.axis)).index(layout.axis)
-        numpy: Any = jnp if isinstance(values, jax.Array) else np
-        values = values if at == values.ndim - 1 else numpy.moveaxis(values, at, -1)
-    if not isinstance(values, jax.Array):
+    if not on_device:
         return HostValues(call, x_shape, name, values, layout).checked()
     if name == "cu_seqlens":
         return _differences(values), layout
@@ -126,8 +123,7 @@ def _segments(
         if not info.min <= layout.padding_id <= info.max:
             call.fail(
                 f"padding_id is {layout.padding_id}, but segment_ids has dtype "
-                f"{values.dtype}, which holds {info.min} to {info.max}; use another "
-                "padding_id or another dtype."
+                f"{values.dtype}, which holds {info.min} to {info.max}; use another."
             )
     return values, layout
 
@@ -143,128 +139,64 @@ def _layout(
     batch_axis: tuple[int, ...] | None,
     padding_id: int | None,
 ) -> Layout:
-    layout = _Shapes(call, x_shape, name, kind, shape).layout(axis, batch_axis)
-    return layout._replace(padding_id=padding_id)
+    """Counts all axes from 0, and compares the shapes."""
+    x, ndim, rank = call.x_name, len(x_shape), len(shape)
+    batch = shape if kind == "padded" else shape[:-1]
 
-
-class _Shapes(NamedTuple):
-    """The shapes of `x` and of the encoding called `name`."""
-
-    call: Call
-    x_shape: tuple[int, ...]
-    name: str
-    kind: Kind
-    shape: tuple[int, ...]
-
-    def layout(self, axis: int | None, batch_axis: tuple[int, ...] | None) -> Layout:
-        """Counts all axes from 0, and compares the shapes."""
-        x_shape, x_name, ndim = self.x_shape, self.call.x_name, len(self.x_shape)
-        if self.name == "cu_seqlens" and self.shape[-1:] == (0,):
-            self._disagree(
-                "the last axis of cu_seqlens needs at least 1 entry, the leading 0; K "
-                "segments take K + 1 offsets"
-            )
-        batch_rank = len(self.shape) - (self.kind != "padded")
-        if batch_rank < 0:
-            self._disagree(
-                f"{self.name} needs at least 1 axis, the one that runs over the "
-                "segments; for one length a row use reverse_sequence"
-            )
-        self._refuse_a_batch(axis)
-        axis = batch_rank if axis is None else self._canonical("axis", axis)
-        if batch_axis is None:
-            batch_axes = tuple(a for a in range(ndim) if a != axis)[:batch_rank]
-        else:
-            batch_axes = tuple(self._canonical("batch_axis", a) for a in batch_axis)
-        if axis >= ndim or len(batch_axes) != batch_rank:
-            self._disagree(self._other_rank(batch_rank, axis, batch_axes))
-        if len({*batch_axes, axis}) != batch_rank + 1:
-            self.call.fail(
-                f"batch_axis {batch_axis} and axis {axis} must name different axes of "
-                f"{x_name} (shape {x_shape}); give axis and batch_axis explicitly."
-            )
-        layout = Layout(self.kind, axis, batch_axes, None, self.call.function)
-        if layout.per_step:
-            layout = layout._replace(batch_axes=tuple(sorted(batch_axes)))
-            axes = tuple(sorted((*batch_axes, axis)))
-            if self.shape != (sizes := tuple(x_shape[a] for a in axes)):
-                self._disagree(self._other_steps(axes, sizes))
-        elif self.shape[:batch_rank] != (
-            sizes := tuple(x_shape[a] for a in batch_axes)
-        ):
-            self._disagree(self._other_sizes(sizes, axis, batch_axes))
-        return layout
-
-    def _refuse_a_batch(self, axis: int | None) -> None:
-        """Raises where axis 0, the segment axis by default, looks like a batch axis."""
-        if self.name == "lengths" and self.kind == "packed" and axis is None:
-            count = self.shape[0]
-            if len(self.shape) == 1 < min(count, len(self.x_shape)):
-                if self.x_shape[0] == count:
-                    self._disagree(
-                        f"{count} segments along axis 0 of size {count}; use "
-                        "reverse_sequence for one length a row, give batch axes to "
-                        "lengths for several, or pass axis=0 if that is right"
-                    )
-
-    def _canonical(self, argument: str, value: int) -> int:
-        ndim = len(self.x_shape)
+    def canonical(argument: str, value: int) -> int:
         if not -ndim <= value < ndim:
-            self.call.fail(
-                f"{argument} is {value}, but {self.call.x_name} has rank {ndim} (shape "
-                f"{self.x_shape}); use a value from {-ndim} to {ndim - 1}."
+            call.fail(
+                f"{argument} is {value}, but {x} has rank {ndim} (shape {x_shape}); "
+                f"use a value from {-ndim} to {ndim - 1}."
             )
         return value % ndim
 
-    def _disagree(self, why: str) -> NoReturn:
-        if self.call.x_name.endswith("[0]"):  # A list is a pytree.
-            why += "; give a list of rows to pack_segments, as np.concatenate(rows)"
-        self.call.fail(
-            f"{self.name} has shape {self.shape} and {self.call.x_name} has shape "
-            f"{self.x_shape}: {why}."
+    # One length for each row, where several are expected.
+    packed = name == "lengths" and kind == "packed"
+    wrong = packed and axis is None and 1 == rank < ndim and shape == x_shape[:1]
+    wrong = (wrong and shape[0] > 1) or (kind != "padded" and rank == 0)
+    axis = len(batch) if axis is None else canonical("axis", axis)
+    axes = tuple(a for a in range(ndim) if a != axis)[: len(batch)]
+    if batch_axis is not None:
+        axes = tuple(canonical("batch_axis", a) for a in batch_axis)
+    if len({*axes, axis}) != len(axes) + 1:
+        call.fail(
+            f"batch_axis {batch_axis} and axis {axis} must name different axes of {x} "
+            f"(shape {x_shape}); give axis and batch_axis explicitly."
         )
-
-    def _other_rank(self, batch_rank: int, axis: int, batch_axes: Any) -> str:
-        remedy = "give one entry for each row, or name the axes with axis"
-        remedy += " and batch_axis" * self.call.reverses
-        if self.name == "lengths" and len(self.shape) > len(self.x_shape):
-            remedy += f", or swap {self.call.x_name} and lengths"
-        elif not self.call.reverses and len(self.shape) < 2 + (self.kind != "padded"):
-            remedy = (
-                f"give {self.call.x_name} the batch axes, with jax.numpy.broadcast_to "
-                "if all rows are equal"
-            )
-        return (
-            f"{self.name} has {batch_rank} batch axes, but {self.call.x_name} (rank "
-            f"{len(self.x_shape)}) has batch axes {batch_axes} beside axis {axis}; "
-            f"{remedy}{self._several()}"
-        )
-
-    def _other_sizes(self, sizes: Any, axis: int, batch_axes: Any) -> str:
-        batch = self.shape[: len(sizes)]
-        remedy = "give one entry for each row, or name the axes with axis"
-        if axis == len(sizes) and self.x_shape[1 : axis + 1] == batch:
-            remedy = f"if {self.call.x_name} is time-major, use axis=0"
-        return (
-            f"the batch axes {batch_axes} of {self.call.x_name} have sizes {sizes}, "
-            f"but {self.name} has {batch}; {remedy}{self._several()}"
-        )
-
-    def _several(self) -> str:
-        if self.kind != "padded" or len(self.shape) < 2:
-            return ""
-        use = "cu_seqlens= or segment_ids="
-        use = "reverse_segments" if self.call.reverses else use
-        return f"; for several segments a row use {use}"
-
-    def _other_steps(self, axes: Any, sizes: Any) -> str:
-        remedy = "correct it, or name the axes with axis"
-        if self.shape == sizes[::-1]:
-            remedy = f"transpose it, or use axis=0 if {self.call.x_name} is time-major"
-        return (
-            f"{self.name} has one entry for each position and lies like "
-            f"{self.call.x_name}, whose axes {axes} have sizes {sizes}; {remedy}"
-        )
+    layout, expected = Layout(kind, axis, axes, padding_id, call.function), batch
+    if per_step := layout.per_step:  # They lie like x.
+        layout = layout._replace(batch_axes=tuple(sorted(axes)))
+        axes, expected = tuple(sorted((*axes, axis))), shape
+    sizes = tuple(x_shape[a] for a in axes if a < ndim)
+    offsets, sharded = name == "cu_seqlens", call.axis_name is not None
+    if not (wrong or axis >= ndim or expected != sizes or (offsets and shape[-1] == 0)):
+        return layout
+    several = kind == "padded" and rank > 1
+    hints = {
+        "use reverse_sequence for one length a row, or pass axis=0": packed
+        and rank < 2,
+        "K segments take K + 1 offsets": offsets,
+        "for several segments a row use reverse_segments": several and call.reverses,
+        "for several segments a row use cu_seqlens= or segment_ids=, for a mask mask= "
+        "(boolean)": several and not call.reverses,
+        f"swap {x} and lengths": name == "lengths" and rank > ndim,
+        f"give {x} batch axes, with jax.numpy.broadcast_to if all rows are equal, or "
+        "swap init and xs": axis == ndim == 1 and not call.reverses,
+        f"transpose {name}": per_step and shape == sizes[::-1],
+        f"if {x} is time-major, use axis=0": batch == x_shape[1 : len(batch) + 1] != (),
+        f"give this device's block of {name}, by in_specs like those of {x}": per_step
+        and sharded,
+        "give a list of rows to pack_segments, as np.concatenate(rows)": "[0]" in x
+        and not sharded,
+    }
+    default = f"give one entry for each {'step' if per_step else 'row'}, or name the "
+    default += f"axes with axis{' and batch_axis' * call.reverses}"
+    call.fail(
+        f"{name} has shape {shape} and {x} has shape {x_shape}: {name} goes with axes "
+        f"{axes}, of sizes {sizes}, and axis {axis} is the segment axis; "
+        f"{'; '.join(hint for hint in hints if hints[hint]) or default}."
+    )
 
 
 @compiled

@@ -345,15 +345,19 @@ def test_errors():
     for call, error, pattern in (
         (lambda: run([], [1]), ValueError, r"x is \[\].*give at least 1"),
         (lambda: run("abc", [1]), TypeError, "x must be an array.*type str"),
-        (lambda: run(X, [1, 2]), ValueError, r"sizes \(4,\).*lengths has \(2,\)"),
+        (lambda: run(X, [1, 2]), ValueError, r"lengths has .*\(2,\).* sizes \(4,\)"),
         (lambda: run(X, [6] * 4), ValueError, r"lengths\[0\] is 6.*0 and 5"),
-        (lambda: run(X, [1.0] * 4), TypeError, "lengths has dtype float64"),
+        (lambda: run(X, [1.0] * 4), TypeError, "lengths is .*1.0"),
         (lambda: run(X, LENGTHS, axis=3), ValueError, "axis is 3.*rank 3"),
         (lambda: run(X, segment_ids=IDS[:3]), ValueError, r"segment_ids has .*\(3, 5"),
         (lambda: run(X, cu_seqlens=OFFSETS[:3]), ValueError, "cu_seqlens has"),
         (lambda: run(X, mask=FRONT[:3]), ValueError, r"mask has .*\(3, 5"),
         (lambda: run(X), ValueError, "exactly one of .*starts, mask"),
-        (lambda: run({"a": X, "b": X[:3]}, LENGTHS), ValueError, r"\(3,\).*has \(4,\)"),
+        (
+            lambda: run({"a": X, "b": X[:3]}, LENGTHS),
+            ValueError,
+            r"\(4,\).*sizes \(3,\)",
+        ),
         (
             lambda: bidirectional(first, first, X, LENGTHS),
             ValueError,
@@ -382,7 +386,7 @@ def test_errors():
         (
             lambda: bidirectional(sums, sums(X), X, LENGTHS),
             TypeError,
-            "backward is .*of type ArrayImpl.*must be a function of x",
+            r"backward is int32\[.*must be a function of x",
         ),
     ):
         with pytest.raises(error, match=f"(?s)^bidirectional: .*{pattern}"):
