@@ -57,9 +57,7 @@ def check_case(case, features, dtype, device) -> dict[str, Any]:
     bits = rng.integers(0, high, (2, *shape, kind.itemsize), np.uint8)
     x, ct = bits.view(kind)[..., 0]
     reverse = reverse_sequence if case.layout == "padded" else reverse_segments
-
-    def function(x, segments):
-        return reverse(x, **{case.argument: segments}, **case.options)
+    run = jax.jit(lambda x, s: reverse(x, **{case.argument: s}, **case.options))
 
     def right(out, given):
         offsets = case.argument == "cu_seqlens"
@@ -68,12 +66,12 @@ def check_case(case, features, dtype, device) -> dict[str, Any]:
         want = _reference.reverse(given, segments, layout=case.layout, **options)
         return np.asarray(out).tobytes() == want.tobytes()
 
-    result: dict[str, Any] = {"encoding": case.name, "shape": shape, "dtype": dtype}
-    result |= {"forward": False, "gradient": False}
+    result = dict(encoding=case.name, shape=shape, dtype=dtype)
+    result |= dict(forward=False, gradient=False)
     try:
         with jax.debug_nans(False), jax.debug_infs(False):  # NaNs are on purpose.
             *primals, there = jax.device_put((x, case.segments, ct), device)
-            out, vjp = jax.vjp(jax.jit(function), *primals)
+            out, vjp = jax.vjp(run, *primals)
             result["forward"] = right(out, x)
             inexact = jnp.issubdtype(kind, jnp.inexact)
             result["gradient"] = right(vjp(there)[0], ct) if inexact else None

@@ -32,9 +32,9 @@ def parse_segments(
     call: Call, x: jax.Array, axis: Any, batch_axis: Any = None, **encodings: Any
 ) -> tuple[Any, Layout]:
     """Returns the segments, from the one encoding that is given, and their layout."""
-    name, kind, values, *axes = _parse(call, axis, batch_axis, **encodings)
-    layout = _layout(call, x.shape, name, kind, values.shape, *axes)
-    return _segments(call, x.shape, name, values, layout)
+    values, static = _parse(call, axis, batch_axis, **encodings)
+    layout = _layout(call, x.shape, values.shape, static)
+    return _segments(call, x.shape, static[0], values, layout)
 
 
 def parse_arrays(
@@ -47,12 +47,12 @@ def parse_arrays(
         call.fail(f"{name} is {tree!r}, a pytree without an array; give at least 1.")
     if type(tree).__name__ == "PackedSequence":  # PyTorch's, a named tuple.
         call.array(tree)
-    encoding, kind, values, *axes = _parse(call, axis, batch_axis, **more)
+    values, static = _parse(call, axis, batch_axis, **more)
     arrays, found = [], {}
     for path, leaf in leaves:
         of_leaf = call._replace(x_name=f"{name}{keystr(path)}")
         arrays.append(x := of_leaf.array(leaf))
-        layout = _layout(of_leaf, x.shape, encoding, kind, values.shape, *axes)
+        layout = _layout(of_leaf, x.shape, values.shape, static)
         found[layout, x.shape[layout.axis]] = of_leaf, x.shape
     if len(found) > 1:
         shapes = [f"{c.x_name} has shape {shape}" for c, shape in found.values()]
@@ -61,7 +61,7 @@ def parse_arrays(
             "them the same axes, and count axis from the start."
         )
     [((layout, _), (call, shape))] = found.items()
-    return treedef.unflatten(arrays), *_segments(call, shape, encoding, values, layout)
+    return treedef.unflatten(arrays), *_segments(call, shape, static[0], values, layout)
 
 
 def _parse(
@@ -71,8 +71,8 @@ def _parse(
     padding_id: int | None = None,
     lengths_kind: Kind = "padded",
     **encodings: Any,
-) -> tuple[str, Kind, Any, int | None, Any, int | None]:
-    """Returns the one encoding with its name and kind, and the static arguments."""
+) -> tuple[Any, tuple[Any, ...]]:
+    """Returns the one encoding, and its name and kind with the static arguments."""
     given = encodings
     if len(encodings) > 1:
         given = {name: value for name, value in encodings.items() if value is not None}
@@ -95,14 +95,16 @@ def _parse(
     if batch_axis is not None:
         axes = batch_axis if isinstance(batch_axis, (tuple, list)) else (batch_axis,)
         batch_axis = tuple(call.integer("batch_axis", a) for a in axes)
-    return name, kind, values, axis, batch_axis, padding_id
+    return values, (name, kind, axis, batch_axis, padding_id)
 
 
 def _segments(
     call: Call, x_shape: tuple[int, ...], name: str, values: Any, layout: Layout
 ) -> tuple[Any, Layout]:
     """Returns checked segments, whose last axis goes over steps or segments."""
-    on_device = isinstance(values, jax.Array)
+    on_device = not isinstance(values, np.ndarray)
+    if on_device and name == "lengths" and call.axis_name is None:  # The usual call.
+        return values, layout
     if layout.per_step:  # They lie like x.
         at = sorted((*layout.batch_axes, layout.axis)).index(layout.axis)
         numpy: Any = jnp if on_device else np
@@ -132,14 +134,11 @@ def _segments(
 def _layout(
     call: Call,
     x_shape: tuple[int, ...],
-    name: str,
-    kind: Kind,
     shape: tuple[int, ...],
-    axis: int | None,
-    batch_axis: tuple[int, ...] | None,
-    padding_id: int | None,
+    static: tuple[Any, ...],
 ) -> Layout:
     """Counts all axes from 0, and compares the shapes."""
+    name, kind, axis, batch_axis, padding_id = static
     x, ndim, rank = call.x_name, len(x_shape), len(shape)
     batch = shape if kind == "padded" else shape[:-1]
 

@@ -144,7 +144,7 @@ VALUE_ERRORS = (
     (lambda: seq(X, [[1, 2], [3]]), r"lengths is not an array.*inhomogeneous"),
     (
         lambda: seq(X, [[1] * 4] * 3),
-        r"lengths has shape \(3, 4\) and x has.*axis 2 is the segment axis; for several",
+        r"lengths has shape \(3, 4\) and x .*axis 2 is the segment axis; for several",
     ),
     (lambda: seq(X[0], [[1]]), r"lengths has shape \(1, 1\) and x has shape \(4,\)"),
     (lambda: seq(X, [[1] * 4] * 3, axis=0), r"lengths has shape \(3, 4\).*x.*\(3, 4\)"),
