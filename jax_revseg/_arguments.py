@@ -11,7 +11,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jax.export import is_symbolic_dim
 from jax.typing import ArrayLike
 
 AxisName = str | tuple[str, ...]
@@ -21,8 +20,8 @@ Integers = ArrayLike | Sequence[Any]  # ArrayLike leaves lists out.
 
 _CONSTANT = "give an array, for a constant with jax.numpy.full_like"
 _ROWS = (
-    "use jax.numpy.asarray; for rows of different lengths give np.concatenate(rows) "
-    "and lengths=[len(row) for row in rows] to pack_segments"
+    "use jax.numpy.asarray, or swap x and lengths; for rows of different lengths give "
+    "np.concatenate(rows) and lengths=[len(row) for row in rows] to pack_segments"
 )
 _REMEDIES = {
     "MaskedArray": "use .filled",
@@ -76,34 +75,25 @@ class Call(NamedTuple):
             what = f"{self.x_name} must be an array, but is {shown(x)}"
             self.fail(f"{what}; {remedy}.", TypeError)
         if array.ndim == 0:
-            remedy = "x[None]" if self.reverses else "jax.numpy.full_like"
-            self.fail(
-                f"{self.x_name} has rank 0 (shape ()), but needs at least 1 axis, the "
-                f"segment axis; give it one with {remedy}."
-            )
+            what = f"{self.x_name} has rank 0 (shape ()), but needs a segment axis"
+            self.fail(f"{what}; use x[None], or jax.numpy.full_like for a constant.")
         return array
 
-    def integer(self, argument: str, value: Any) -> int:
+    def integer(self, argument: str, value: Any, least: float = -np.inf) -> int:
         """Returns a static integer."""
         try:
-            return operator.index(value)
+            value = operator.index(value)
         except TypeError:
             self.fail(f"{argument} is {shown(value)}; use an int.", TypeError)
+        if value < least:
+            self.fail(f"{argument} is {value}; it must be {least} or more.")
+        return value
 
     def flag(self, argument: str, value: Any) -> bool:
         """Returns a static boolean."""
         if not isinstance(value, (bool, np.bool_)):
             self.fail(f"{argument} is {shown(value)}; use True or False.", TypeError)
         return bool(value)
-
-    def size(self, argument: str, value: Any) -> Any:
-        """Returns a static size, which may be symbolic under `jax.export`."""
-        if is_symbolic_dim(value):
-            return value
-        size = self.integer(argument, value)
-        if size < 0:
-            self.fail(f"{argument} is {size}; it must be 0 or more.")
-        return size
 
     def scalar(self, value: Any, x: jax.Array) -> Any:
         """Casts `padding_value` to the dtype of the array, where it is, or raises."""
@@ -133,9 +123,9 @@ class Call(NamedTuple):
             remedy = "compare with 0, or give lengths as lengths=, ids as segment_ids="
         elif values.dtype == bool:
             remedy = (
-                "give a mask of valid steps as mask= to a scan or bidirectional, as "
-                "segment_ids=mask.astype(int), padding_id=0 to reverse_segments; give "
-                "flags of first steps as starts="
+                "give a mask as mask= to a scan or bidirectional, to others as "
+                "segment_ids=mask.astype(int), padding_id=0; give first steps as "
+                "starts="
             )
         elif jnp.issubdtype(values.dtype, jnp.integer):  # Kind V: int4 and its like.
             return values.astype(np.int32) if isinstance(values, np.ndarray) else values
@@ -150,15 +140,13 @@ class Call(NamedTuple):
         if name is None:
             return 1
         names = name if isinstance(name, tuple) else (name,)
-        strings = bool(names) and all(isinstance(n, str) for n in names)
-        with suppress(NameError):
-            if strings and len(set(names)) == len(names):
+        with suppress(NameError, TypeError, ValueError):
+            if name and len({*names}) == len(names):
                 return lax.axis_size(name)
         self.fail(
             f"axis_name is {name!r}, but must name axes that are mapped here, each "
             "once, as a string or a tuple of strings; call inside jax.shard_map, or "
-            "leave axis_name out where the segment axis is not sharded.",
-            ValueError if strings else TypeError,
+            "leave axis_name out where the segment axis is not sharded."
         )
 
 

@@ -33,16 +33,12 @@ def carry_arrays(call: Call, name: str, init: Any, batch: tuple[int, ...]) -> An
 def check_batch(call: Call, name: str, array: Any, batch: tuple[int, ...]) -> None:
     """Raises if an array does not start with the batch axes."""
     if np.shape(array)[: len(batch)] != batch:
-        swap = (
-            "params and init"
-            if call.function == "bidirectional_scan"
-            else "init and xs"
-        )
+        swap = ", or swap init and xs (or params)" * name.startswith("init")
         ids = "; for a mask or ids of integers use mask= (boolean) or segment_ids="
         call.fail(
             f"{name} has shape {np.shape(array)}, but its first axes must be the batch "
             f"axes {batch}, one entry for each row; use jax.numpy.broadcast_to if all "
-            f"rows are equal, or swap {swap}{ids * (len(batch) > 1)}."
+            f"rows are equal{swap}{ids * (len(batch) > 1)}."
         )
 
 
@@ -81,12 +77,9 @@ def check_step(call: Call, f: Callable[..., Any], batch: tuple[int, ...]):
             )
             raise
         if not _is_pair(out):
-            call.fail(
-                f"f must return a pair (carry, y), but returned {types_of(out)}; "
-                "return (h, h) if the carry h is the output, (h, None) if there is "
-                "none.",
-                TypeError,
-            )
+            what = f"f must return a pair (carry, y), but returned {types_of(out)}"
+            remedy = "return (h, h) if the carry h is the output, (h, None) if none is"
+            call.fail(f"{what}; {remedy}.", TypeError)
         new, y = out
         if not same_types(new, carry):
             hint = "and in sharding: see jax.lax.pcast and jax.sharding.reshard"
@@ -94,11 +87,11 @@ def check_step(call: Call, f: Callable[..., Any], batch: tuple[int, ...]):
                 hint = "a cell's (h, c) is the carry alone: return ((h, c), h)"
             elif pairs:
                 hint = "init is a pair of carries, for an LSTM ((h, c), (h, c))"
-            call.fail(
-                f"f was given a carry of {given}, but returned one of {describe(new)}; "
-                f"make structure, shapes and dtypes equal ({hint}).",
-                TypeError,
+            what = (
+                f"f was given a carry of {given}, but returned one of {describe(new)}"
             )
+            remedy = f"make structure, shapes and dtypes equal ({hint})"
+            call.fail(f"{what}; {remedy}.", TypeError)
         for path, leaf in tree_leaves_with_path(y):
             check_batch(call, f"y{keystr(path)} of f", leaf, batch)
         return new, y
@@ -127,9 +120,7 @@ def check_unroll(call: Call, unroll: Any) -> int | bool:
     """Returns what every `lax.scan` takes: 0 means True from JAX 0.8 on."""
     if isinstance(unroll, bool):
         return unroll
-    if (unroll := call.integer("unroll", unroll)) < 0:
-        call.fail(f"unroll is {unroll}; use 1 or more, or 0 or True for all steps.")
-    return unroll or True
+    return call.integer("unroll", unroll, 0) or True
 
 
 def check_pair(call: Call, name: str, pair: Any, batch: Any = ()) -> list[Any]:

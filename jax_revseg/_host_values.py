@@ -24,8 +24,7 @@ class HostValues(NamedTuple):
         """Returns segments in the dtype of positions; raises for a bad value."""
         layout, devices = self.layout, self.call.devices
         if not layout.per_step:
-            check = self._offsets if self.name == "cu_seqlens" else self._lengths
-            return _as_positions(check(), self._size), layout
+            return _as_positions(self._lengths(), self._size), layout
         if devices > 1:
             self.call.fail(
                 f"{self.name} is on the host, the same on all {devices} devices of "
@@ -39,51 +38,39 @@ class HostValues(NamedTuple):
         """The global size of the segment axis."""
         return self.x_shape[self.layout.axis] * self.call.devices
 
-    def _raise_at(
-        self, values: np.ndarray, bad: Any, rule: str, remedy: str, name: str = ""
-    ) -> None:
-        """Raises for the first value that breaks a rule."""
+    def _check(self, name: str, values: np.ndarray, remedy: str) -> None:
+        """Raises for the first value that is negative or passes the size."""
+        size, devices = self._size, self.call.devices
+        # A symbolic size is known only in the program.
+        bad = (values < 0) | (values > (size if isinstance(size, int) else np.inf))
         if np.any(bad):
             index = tuple(int(i) for i in np.argwhere(bad)[0])
             at = f"[{', '.join(map(str, index))}]" if index else ""
-            what = f"{name or self.name}{at} is {values[index]}, but {rule}"
-            self.call.fail(f"{what}; {remedy}.")
-
-    def _above(self, values: np.ndarray) -> Any:
-        """Whether values pass the size; a symbolic one is known only in the program."""
-        return values > (self._size if isinstance(self._size, int) else np.inf)
-
-    @property
-    def _limit(self) -> str:
-        devices = self.call.devices
-        over = f" over {devices} devices" if devices > 1 else ""
-        at = f"axis {self.layout.axis} of {self.call.x_name}{over}"
-        return f"must lie between 0 and {self._size}, the size of {at}"
+            over = f" over {devices} devices" * (devices > 1)
+            limit = f"{size}, the size of axis {self.layout.axis} of {self.call.x_name}"
+            what = f"{name}{at} is {values[index]}, but must lie between 0 and {limit}"
+            self.call.fail(f"{what}{over}; {remedy}.")
 
     def _lengths(self) -> np.ndarray:
-        values, packed = self.values, self.layout.kind == "packed"
+        """Returns the lengths, of offsets the differences."""
+        name, values, packed = self.name, self.values, self.layout.kind == "packed"
         remedy = "clip or correct it"
-        if packed and self.call.reverses:
+        if name == "cu_seqlens":
+            if np.any(first := values[..., 0]):
+                self.call.fail(f"cu_seqlens[..., 0] is {first}, but must be 0.")
+            name, values = "np.diff(cu_seqlens)", np.diff(values.astype(np.int64))
+            remedy = "correct it, or name the axis with axis"
+        elif packed and self.call.reverses:
             remedy = "correct it (for one length a row use reverse_sequence)"
         elif packed:
             remedy = "give lengths with sum(lengths) <= len(x), or swap x and lengths"
         elif values.ndim == 0 and len(self.x_shape) > 1:
             remedy += ", or give one length for each row"
-        self._raise_at(values, (values < 0) | self._above(values), self._limit, remedy)
+        self._check(name, values, remedy)
         if packed:
             sums = np.asarray(values.astype(np.int64).sum(-1))
-            name = "lengths.sum(-1)"
-            self._raise_at(sums, self._above(sums), self._limit, remedy, name)
+            self._check(f"{name}.sum(-1)", sums, remedy)
         return values
-
-    def _offsets(self) -> np.ndarray:
-        values, first = self.values, self.values[..., 0]
-        less = np.insert(values[..., 1:] < values[..., :-1], 0, first != 0, -1)
-        rule = "must be 0 if it is first, else not less than the offset before it"
-        self._raise_at(values, less, rule, "correct it")
-        remedy = "correct it, or name the axis with axis"
-        self._raise_at(values, self._above(values), self._limit, remedy)
-        return np.diff(values)
 
     def _ids(self) -> tuple[np.ndarray, Layout]:
         # Ids that differ only past 32 bits would become equal on a device: number the

@@ -101,10 +101,9 @@ def _pack_segments_batch(x, x_dim, lengths, lengths_dim, *, size, unpack, batch)
 
 
 def _pack_segments_checkify(x, lengths, *, size, unpack, batch):
-    if unpack:
-        return length_error("unpack_segments", lengths, size, "total_length")
-    size = x.shape[batch]
-    return length_error("pack_segments", lengths, size, "the size of axis 0 of x")
+    size, limit = size if unpack else x.shape[batch], "the size of axis 0 of x"
+    limit = "total_length" if unpack else limit
+    return length_error(f"{'un' * unpack}pack_segments", lengths, size, limit)
 
 
 def _pack_segments_lowering(ctx, x, lengths, *, size, unpack, batch):

@@ -15,17 +15,12 @@ import numpy as np
 from jax.tree_util import keystr, tree_flatten_with_path
 
 from jax_revseg import _compat
-from jax_revseg._arguments import BatchAxis, Call
+from jax_revseg._arguments import Call
 from jax_revseg._host_values import HostValues
 from jax_revseg._layout import Kind, Layout
 from jax_revseg._linear import compiled
 
-_KINDS: dict[str, Kind] = {
-    "segment_ids": "ids",
-    "cu_seqlens": "packed",
-    "starts": "starts",
-    "mask": "mask",
-}
+_KINDS: dict[str, Any] = {"segment_ids": "ids", "cu_seqlens": "packed"}
 
 
 def parse_segments(
@@ -66,9 +61,9 @@ def parse_arrays(
 
 def _parse(
     call: Call,
-    axis: int | None,
-    batch_axis: BatchAxis,
-    padding_id: int | None = None,
+    axis: Any,
+    batch_axis: Any,
+    padding_id: Any = None,
     lengths_kind: Kind = "padded",
     **encodings: Any,
 ) -> tuple[Any, tuple[Any, ...]]:
@@ -89,7 +84,7 @@ def _parse(
         padding_id = call.integer("padding_id", padding_id)
     if call.axis_name is not None:
         _ = call.devices  # Raises for a bad axis_name.
-    kind = lengths_kind if name == "lengths" else _KINDS[name]
+    kind = lengths_kind if name == "lengths" else _KINDS.get(name, name)
     values = call.values(name, value, boolean=kind in ("mask", "starts"))
     axis = axis if axis is None else call.integer("axis", axis)
     if batch_axis is not None:
@@ -99,7 +94,7 @@ def _parse(
 
 
 def _segments(
-    call: Call, x_shape: tuple[int, ...], name: str, values: Any, layout: Layout
+    call: Call, x_shape: Any, name: str, values: Any, layout: Layout
 ) -> tuple[Any, Layout]:
     """Returns checked segments, whose last axis goes over steps or segments."""
     on_device = not isinstance(values, np.ndarray)
@@ -131,63 +126,49 @@ def _segments(
 
 
 @lru_cache(maxsize=4096)  # Otherwise a fifth of the time of an eager call.
-def _layout(
-    call: Call,
-    x_shape: tuple[int, ...],
-    shape: tuple[int, ...],
-    static: tuple[Any, ...],
-) -> Layout:
+def _layout(call: Call, x_shape: Any, shape: Any, static: tuple[Any, ...]) -> Layout:
     """Counts all axes from 0, and compares the shapes."""
     name, kind, axis, batch_axis, padding_id = static
     x, ndim, rank = call.x_name, len(x_shape), len(shape)
     batch = shape if kind == "padded" else shape[:-1]
 
-    def canonical(argument: str, value: int) -> int:
-        if not -ndim <= value < ndim:
-            call.fail(
-                f"{argument} is {value}, but {x} has rank {ndim} (shape {x_shape}); "
-                f"use a value from {-ndim} to {ndim - 1}."
-            )
-        return value % ndim
-
     # One length for each row, where several are expected.
     packed = name == "lengths" and kind == "packed"
     wrong = packed and axis is None and 1 == rank < ndim and shape == x_shape[:1]
     wrong = (wrong and shape[0] > 1) or (kind != "padded" and rank == 0)
-    axis = len(batch) if axis is None else canonical("axis", axis)
-    axes = tuple(a for a in range(ndim) if a != axis)[: len(batch)]
-    if batch_axis is not None:
-        axes = tuple(canonical("batch_axis", a) for a in batch_axis)
-    if len({*axes, axis}) != len(axes) + 1:
+    wrong |= name == "cu_seqlens" and shape[-1:] == (0,)
+    try:
+        axis = len(batch) if axis is None else range(ndim)[axis]
+        axes = tuple(a for a in range(ndim) if a != axis)[: len(batch)]
+        axes = axes if batch_axis is None else tuple(range(ndim)[a] for a in batch_axis)
+    except IndexError:
         call.fail(
-            f"batch_axis {batch_axis} and axis {axis} must name different axes of {x} "
-            f"(shape {x_shape}); give axis and batch_axis explicitly."
+            f"axis is {axis} and batch_axis is {batch_axis}, but {x} has rank {ndim} "
+            f"(shape {x_shape}); use values from {-ndim} to {ndim - 1}."
         )
+    twice = len({*axes, axis}) != len(axes) + 1
     layout, expected = Layout(kind, axis, axes, padding_id, call.function), batch
     if per_step := layout.per_step:  # They lie like x.
         layout = layout._replace(batch_axes=tuple(sorted(axes)))
         axes, expected = tuple(sorted((*axes, axis))), shape
     sizes = tuple(x_shape[a] for a in axes if a < ndim)
-    offsets, sharded = name == "cu_seqlens", call.axis_name is not None
-    if not (wrong or axis >= ndim or expected != sizes or (offsets and shape[-1] == 0)):
+    if not (wrong or twice) and axis < ndim and expected == sizes:
         return layout
-    several = kind == "padded" and rank > 1
+    several = "cu_seqlens= or segment_ids=, for a mask mask= (boolean)"
+    several = "reverse_segments" if call.reverses else several
+    local = per_step and call.axis_name is not None
     hints = {
-        "use reverse_sequence for one length a row, or pass axis=0": packed
-        and rank < 2,
-        "K segments take K + 1 offsets": offsets,
-        "for several segments a row use reverse_segments": several and call.reverses,
-        "for several segments a row use cu_seqlens= or segment_ids=, for a mask mask= "
-        "(boolean)": several and not call.reverses,
+        "give different axes in axis and batch_axis": twice,
+        "use reverse_sequence for one length a row, or axis=0": packed and rank < 2,
+        "K segments take K + 1 offsets": name == "cu_seqlens",
+        f"for several segments a row use {several}": kind == "padded" and rank > 1,
         f"swap {x} and lengths": name == "lengths" and rank > ndim,
         f"give {x} batch axes, with jax.numpy.broadcast_to if all rows are equal, or "
         "swap init and xs": axis == ndim == 1 and not call.reverses,
         f"transpose {name}": per_step and shape == sizes[::-1],
         f"if {x} is time-major, use axis=0": batch == x_shape[1 : len(batch) + 1] != (),
-        f"give this device's block of {name}, by in_specs like those of {x}": per_step
-        and sharded,
-        "give a list of rows to pack_segments, as np.concatenate(rows)": "[0]" in x
-        and not sharded,
+        f"give this device's block of {name}, by in_specs like those of {x}": local,
+        "give np.concatenate(rows) to pack_segments": "[0]" in x and not local,
     }
     default = f"give one entry for each {'step' if per_step else 'row'}, or name the "
     default += f"axes with axis{' and batch_axis' * call.reverses}"
