@@ -163,8 +163,9 @@ def _layout(call: Call, x_shape: Any, shape: Any, static: tuple[Any, ...]) -> La
         "K segments take K + 1 offsets": name == "cu_seqlens",
         f"for several segments a row use {several}": kind == "padded" and rank > 1,
         f"swap {x} and lengths": name == "lengths" and rank > ndim,
-        f"give {x} batch axes, with jax.numpy.broadcast_to if all rows are equal, or "
-        "swap init and xs": axis == ndim == 1 and not call.reverses,
+        f"give {x} batch axes, with jax.numpy.broadcast_to if all rows are equal"
+        f"{', or swap init and xs' * x.startswith('xs')}": axis == ndim == 1
+        and not call.reverses,
         f"transpose {name}": per_step and shape == sizes[::-1],
         f"if {x} is time-major, use axis=0": batch == x_shape[1 : len(batch) + 1] != (),
         f"give this device's block of {name}, by in_specs like those of {x}": local,

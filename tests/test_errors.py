@@ -32,6 +32,7 @@ from tests.meshes import mesh
 X = np.arange(12, dtype=np.float32).reshape(3, 4)
 I8 = np.zeros((2, 4), np.int8)
 seq, seg, order = reverse_sequence, reverse_segments, reverse_segment_order
+pack, unpack = pack_segments, unpack_segments
 
 # One line each: what is called, and what it says.
 TYPE_ERRORS = (
@@ -77,21 +78,21 @@ TYPE_ERRORS = (
     ),
     # What fits into the dtype of x.
     (
-        lambda: unpack_segments(
+        lambda: unpack(
             jax.random.split(jax.random.key(0), (2, 3)), [1, 2], total_length=3
         ),
         r"x has dtype key<fry>.*key_data",
     ),
     (
-        lambda: unpack_segments(X.astype(ml_dtypes.float8_e8m0fnu), [1] * 3),
+        lambda: unpack(X.astype(ml_dtypes.float8_e8m0fnu), [1] * 3),
         "x has dtype float8_e8m0fnu, which has no zero for the tail",
     ),
     (
         lambda: seq(jax.random.split(jax.random.key(0)), 1, padding_value=0),
         r"padding_value is 0 .*key<fry>",
     ),
-    (lambda: pack_segments(X, [1], max_length=1.5), r"max_length is 1\.5 of type"),
-    (lambda: pack_segments(X, [1.5], max_length=1), r"lengths is \[1.5\]"),
+    (lambda: pack(X, [1], max_length=1.5), r"max_length is 1\.5 of type"),
+    (lambda: pack(X, [1.5], max_length=1), r"lengths is \[1.5\]"),
 )
 VALUE_ERRORS = (
     (lambda: seq(jnp.ones((5, 2)), [3, 4]), "if x is time-major, use axis=0"),
@@ -117,10 +118,7 @@ VALUE_ERRORS = (
     (lambda: seq(X, [1, 2]), r"lengths has shape \(2,\) .* sizes \(3,\)"),
     (lambda: seq(X, np.ma.masked_equal([1, 2, 3], 2)), r"lengths.*masked"),
     (lambda: seq(X, [[1, 2], [3]]), r"lengths is not an array.*inhomogeneous"),
-    (
-        lambda: seq(X, [[1] * 4] * 3),
-        r"lengths has shape \(3, 4\) and x .*axis 2 is the segment axis; for several",
-    ),
+    (lambda: seq(X, [[1] * 4] * 3), r"\(3, 4\) .*axis 2 is the segment axis; for"),
     (lambda: seq(X[0], [[1]]), r"lengths has shape \(1, 1\) and x has shape \(4,\)"),
     (lambda: seq(X, [[1] * 4] * 3, axis=0), r"lengths has shape \(3, 4\).*x.*\(3, 4\)"),
     (lambda: seg(X, 1), r"lengths has shape \(\).*reverse_sequence"),
@@ -128,34 +126,25 @@ VALUE_ERRORS = (
     (lambda: order(X, [[1], [1]]), r"lengths has shape \(2, 1\) .* sizes \(3,\)"),
     (
         lambda: seg(X, segment_ids=[[0] * 5] * 3),
-        r"segment_ids has shape \(3, 5\) .*axes \(0, 1\), of sizes \(3, 4\)",
+        r"\(3, 5\) .*axes \(0, 1\), .*\(3, 4\)",
     ),
-    (
-        lambda: seg(X, cu_seqlens=np.zeros((3, 0), int)),
-        r"cu_seqlens has shape \(3, 0\).*K \+ 1 offsets",
-    ),
+    (lambda: seg(X, cu_seqlens=np.zeros((3, 0), int)), r"\(3, 0\).*K \+ 1 offsets"),
     # Axes.
     (lambda: seq(X, [1] * 3, axis=2), r"axis is 2 .* x has rank 2.*from -2 to 1"),
     (lambda: seq(X, [1] * 3, axis=-3), r"axis is -3 .* x has rank 2"),
     (lambda: seq(X, [1] * 3, batch_axis=5), r"batch_axis is \(5,\), but x has rank 2"),
-    (
-        lambda: seq(X, [1] * 3, batch_axis=(0, 0)),
-        r"axes \(0, 0\), .*different axes in axis",
-    ),
+    (lambda: seq(X, [1] * 3, batch_axis=(0, 0)), r"axes \(0, 0\), .*different axes"),
     (lambda: seq(X, 1, batch_axis=0), r"axes \(0,\), .*different axes in axis"),
     (lambda: seq(X, 1, batch_axis=1), r"lengths has shape \(\).*axes \(1,\), of sizes"),
     (lambda: seq(X, [1] * 3, axis=0, batch_axis=-2), r"axes \(0,\), .*different axes"),
     (lambda: seq(X[None], I8[:, :2], batch_axis=(1, 1)), r"axes \(1, 1\), .*different"),
     # One encoding.
-    (
-        lambda: seg(X),
-        r"got none; .*exactly one of lengths, segment_ids, cu_seqlens, starts",
-    ),
+    (lambda: seg(X), r"got none; .*one of lengths, segment_ids, cu_seqlens, starts"),
     (lambda: seg(X, [[4]] * 3, cu_seqlens=[0]), r"got both lengths and cu_seqlens; "),
     (lambda: seg(X, [[4]] * 3, padding_id=7), r"padding_id is 7.*by lengths"),
     (
         lambda: seg(X, segment_ids=jnp.zeros((3, 4), jnp.int8), padding_id=200),
-        r"padding_id is 200, but segment_ids has dtype int8.*-128 to 127",
+        r"200, but .* int8.*-128 to 127",
     ),
     (lambda: seq(X, [1] * 3, axis_name=0), r"axis_name is 0"),
     (lambda: seq(X, [1] * 3, axis_name=3), r"axis_name is 3"),
@@ -164,36 +153,21 @@ VALUE_ERRORS = (
     (lambda: seq(X, [1] * 3, axis_name=("d", "d")), r"axis_name is.*each once"),
     (lambda: seq(X, [1] * 3, axis_name="i"), r"axis_name is 'i'.*shard_map"),
     # Packing.
-    (lambda: pack_segments(X, [[1]], max_length=2), r"lengths has rank 2.*rank 1"),
-    (lambda: pack_segments(X, [1], max_length=-1), r"max_length is -1.*0 or more"),
-    (lambda: pack_segments(X, [2, 2], max_length=2), r"lengths\.sum\(-1\) is 4.*3"),
-    (
-        lambda: pack_segments(X, [-1], max_length=2),
-        r"lengths\[0\] is -1.*between 0 and 3",
-    ),
-    (lambda: unpack_segments(X[0], [1], total_length=1), r"lengths.*\(1,\).*x.*\(4,\)"),
-    (
-        lambda: unpack_segments(X[0], [1] * 4, total_length=4),
-        r"axes for rows and steps",
-    ),
-    (lambda: unpack_segments(X, [1], total_length=1), r"lengths.*\(1,\).*x.*\(3, 4\)"),
-    (lambda: unpack_segments(X, 1, total_length=1), r"lengths has rank 0.*rank 1"),
-    (
-        lambda: unpack_segments(X, [1, 9, 1], total_length=5),
-        r"steps number 6.*total_length is 5",
-    ),
-    (
-        lambda: unpack_segments(X, [1, -1, 1], total_length=5),
-        r"lengths\[1\] is -1.*negative",
-    ),
+    (lambda: pack(X, [[1]], max_length=2), r"lengths has rank 2.*rank 1"),
+    (lambda: pack(X, [1], max_length=-1), r"max_length is -1.*0 or more"),
+    (lambda: pack(X, [2, 2], max_length=2), r"lengths\.sum\(-1\) is 4.*3"),
+    (lambda: pack(X, [-1], max_length=2), r"lengths\[0\] is -1.*between 0 and 3"),
+    (lambda: unpack(X[0], [1], total_length=1), r"lengths.*\(1,\).*x.*\(4,\)"),
+    (lambda: unpack(X[0], [1] * 4, total_length=4), r"axes for rows and steps"),
+    (lambda: unpack(X, [1], total_length=1), r"lengths.*\(1,\).*x.*\(3, 4\)"),
+    (lambda: unpack(X, 1, total_length=1), r"lengths has rank 0.*rank 1"),
+    (lambda: unpack(X, [1, 9, 1], total_length=5), r"number 6.*total_length is 5"),
+    (lambda: unpack(X, [1, -1, 1], total_length=5), r"lengths\[1\] is -1.*negative"),
 )
 
 # Values on the host; x is X but for the last ones.
 HOST_VALUES = (
-    (
-        lambda x: seq(x, [1, 5, 9]),
-        r"lengths\[1\] is 5, .*4, the size of axis 1 of x;",
-    ),
+    (lambda x: seq(x, [1, 5, 9]), r"lengths\[1\] is 5, .*4, the size of axis 1"),
     (lambda x: seq(x, (4, 4, -1)), r"lengths\[2\] is -1, .*between 0 and 4"),
     (lambda x: seq(x, np.array([0, 0, 200], np.uint8)), r"lengths\[2\] is 200"),
     (lambda x: seq(x, [2**63] * 3), r"lengths\[0\] is 9223372036854775808"),
@@ -202,17 +176,11 @@ HOST_VALUES = (
     (lambda x: seq(x[:, :0], [0, 1, 0]), r"lengths\[1\] is 1, .*between 0 and 0"),
     (lambda x: seq(x, [[0] * 4, [1] * 4, [2] * 4], axis=0), r"lengths has shape"),
     (lambda x: seg(x, [[1, 1], [3, 2], [4, 0]]), r"lengths\.sum\(-1\)\[1\] is 5.*4"),
-    (
-        lambda x: seg(x, [[1, 1], [5, -1], [4, 0]]),
-        r"lengths\[1, 0\] is 5.*between 0 and 4",
-    ),
+    (lambda x: seg(x, [[1, 1], [5, -1], [4, 0]]), r"\[1, 0\] is 5.*0 and 4"),
     (lambda x: seg(x[0], [2**62] * 4), r"lengths\[0\] is 4611686018427387904"),
     (lambda x: seg(x, np.full((3, 2), 100, np.int8)), r"lengths\[0, 0\] is 100.*4"),
     (lambda x: order(x, [[4], [4], [5]]), r"lengths\[2, 0\] is 5.*4"),
-    (
-        lambda x: seg(x[0], cu_seqlens=[1, 2]),
-        r"cu_seqlens\[\.\.\., 0\] is 1.*must be 0",
-    ),
+    (lambda x: seg(x[0], cu_seqlens=[1, 2]), r"cu_seqlens\[.*0\] is 1.*must be 0"),
     (
         lambda x: seg(x[0], cu_seqlens=[0, 3, 2]),
         r"diff\(cu_seqlens\)\[1\] is -1.*and 4",
@@ -324,7 +292,7 @@ def test_padding_values_that_do_not_fit_raise(value, dtype):
     x = np.ones((2, 4)).astype(dtype)
     for call in (
         lambda: reverse_sequence(x, [1, 2], padding_value=value),
-        lambda: pack_segments(x, [1, 1], max_length=2, padding_value=value),
+        lambda: pack(x, [1, 1], max_length=2, padding_value=value),
     ):
         what = rf"padding_value is (?!Array).*scalar.*dtype {x.dtype} can"
         with pytest.raises(TypeError, match=what):
@@ -377,13 +345,12 @@ def two(*args, layers=(jnp.sin, jnp.cos), **kwargs):
 def on_two_devices(ids):
     sums = partial(associative_scan_segments, jnp.add, axis_name="b")
     sums, axis = lambda x, ids, f=sums: f(x, segment_ids=ids), P(None, "b")
-    return jax.shard_map(sums, mesh=mesh(), in_specs=(axis, ids), out_specs=axis)(
-        X, IDS
-    )
+    specs = dict(in_specs=(axis, ids), out_specs=axis)
+    return jax.shard_map(sums, mesh=mesh(), **specs)(X, IDS)
 
 
 def packed_rows():
-    return pack_segments(np.concatenate(ROWS), [len(row) for row in ROWS])
+    return pack(np.concatenate(ROWS), [len(row) for row in ROWS])
 
 
 LSTM = (ZEROS, ZEROS)
@@ -392,42 +359,34 @@ A, B = {"a": X}, np.arange(4, dtype=np.float32)
 REMEDIES = {
     "ragged list": (lambda: seq(ROWS, [2, 3]), r"np\.concatenate\(rows\)", packed_rows),
     "ragged list packed": (
-        lambda: pack_segments(ROWS, [2, 3]),
+        lambda: pack(ROWS, [2, 3]),
         r"lengths=\[len\(row\) for row in rows\]",
         packed_rows,
     ),
-    "swapped": (lambda: seq(np.array(N), X), "swap x and lengths", lambda: seq(X, N)),
+    "swapped": (lambda: seq(NP, X), "swap x and lengths", lambda: seq(X, N)),
     "swapped list": (lambda: seq(N, X), "swap x and lengths", lambda: seq(X, N)),
     "swapped scan": (lambda: scan(NP, X), "swap xs and lengths", lambda: scan(X, N)),
     "swapped elems": (lambda: linear(NP, X), "swap elems and lengths", None),
     "swapped init": (lambda: scan(ZEROS, N, init=X), "swap init and xs", None),
     "swapped params": (lambda: both(X, N, init=(1, 2)), "swap init and .*params", None),
-    "swapped pack": (lambda: pack_segments(NP, X.astype(int)), "swap x and le", None),
+    "swapped pack": (lambda: pack(NP, X.astype(int)), "swap x and le", None),
     "swapped pack of integers": (
-        lambda: pack_segments(np.array([2, 3]), np.arange(5)),
+        lambda: pack(NP, np.arange(6)),
         "swap x and lengths",
-        lambda: pack_segments(np.arange(5), np.array([2, 3])),
+        lambda: pack(np.arange(6), NP),
     ),
     "ids as lengths": (
         lambda: scan(PAIRS, IDS, init=PAIRS[:, 0]),
         r"init has shape \(3, 2\).*\(boolean\) or segment_ids=",
         lambda: scan(PAIRS, segment_ids=IDS, init=PAIRS[:, 0]),
     ),
-    "ids as lengths without features": (
-        lambda: scan(X, IDS),
-        "segment_ids=, for a mask mask=",
-        None,
-    ),
+    "flat ids": (lambda: scan(X, IDS), "segment_ids=, for a mask mask=", None),
     "ids of the whole axis": (
         lambda: on_two_devices(P()),
         "give this device's block of segment_ids, by in_specs like those of elems",
         lambda: on_two_devices(P(None, "b")),
     ),
-    "swapped integers": (
-        lambda: seq(np.array(N), X.astype(int)),
-        "swap x and lengths",
-        lambda: seq(X.astype(int), N),
-    ),
+    "swapped integers": (lambda: seq(NP, X.astype(int)), "swap x and lengths", None),
     "leaf without a batch": (
         lambda: scan(A | {"b": B}, N, f=step),
         r"xs\['b'\] .*jax\.numpy\.broadcast_to",
@@ -444,9 +403,9 @@ REMEDIES = {
         lambda: linear((jnp.full_like(X, DECAY), X), N),
     ),
     "sum too large": (
-        lambda: pack_segments(X, [2, 2]),
+        lambda: pack(X, [2, 2]),
         r"sum\(lengths\) <= len\(x\)",
-        lambda: pack_segments(X, [2, 1]),
+        lambda: pack(X, [2, 1]),
     ),
     "no function": (lambda: scan(X, N, f=None), "f is None", lambda: scan(X, N)),
     "no function both ways": (lambda: both(X, N, f=None), "f is None", None),
