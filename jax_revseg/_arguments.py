@@ -37,10 +37,11 @@ _REMEDIES = {
 
 def shown(value: Any) -> str:
     """How messages show a value; an array by its type, such as `float32[2,3]`."""
-    types = jax.Array, jax.ShapeDtypeStruct
-    if isinstance(value, types) or getattr(value, "ndim", 0):
-        return f"{value.dtype}[{','.join(map(str, value.shape))}]"
-    return f"{' '.join(repr(value).split())[:60]} of type {type(value).__name__}"
+    on_device = isinstance(value, (jax.Array, jax.ShapeDtypeStruct))
+    what = "" if on_device else f" of type {type(value).__name__}"
+    if on_device or getattr(value, "ndim", 0):
+        return f"{value.dtype}[{','.join(map(str, value.shape))}]{what}"
+    return f"{' '.join(repr(value).split())[:60]}{what}"
 
 
 class Call(NamedTuple):

@@ -82,7 +82,7 @@ def check_step(call: Call, f: Callable[..., Any], batch: tuple[int, ...]):
             call.fail(f"{what}; {remedy}.", TypeError)
         new, y = out
         if not same_types(new, carry):
-            hint = "and in sharding: see jax.lax.pcast and jax.sharding.reshard"
+            hint = "and shardings: see jax.lax.pcast and jax.sharding.reshard"
             if same_types(tuple(out), carry):
                 hint = "a cell's (h, c) is the carry alone: return ((h, c), h)"
             elif pairs:

@@ -60,8 +60,7 @@ def pack_segments(
     """
     call = Call("pack_segments")
     x = call.array(x)
-    values = _rank_one(call, lengths)
-    values, _ = parse_segments(call, x, 0, (), lengths_kind="packed", lengths=values)
+    values, _ = parse_segments(call, x, 0, (), lengths_kind="packed", lengths=lengths)
     max_length = _size_or(call, "max_length", max_length, values, np.max)
     value = call.scalar(padding_value, x)
     rows = bind(x, values, size=max_length, unpack=False)
@@ -106,7 +105,7 @@ def unpack_segments(
     """
     call = Call("unpack_segments")
     x = call.array(x)
-    values = _rank_one(call, lengths)
+    values = call.values("lengths", lengths)
     if x.ndim < 2 or values.shape != x.shape[:1]:
         what = f"lengths has shape {values.shape} and x has shape {x.shape}; x needs"
         call.fail(f"{what} axes for rows and steps, lengths one entry for each row.")
@@ -126,17 +125,6 @@ def unpack_segments(
         call.fail(f"{what}; make it {total} or more.")
     # A row gives as many steps as it has; negative lengths remain, for checkify.
     return bind(x, _saturate(x, values), size=total_length, unpack=True)
-
-
-def _rank_one(call: Call, lengths: Any) -> Any:
-    values = call.values("lengths", lengths)
-    if values.ndim != 1:
-        call.fail(
-            f"lengths has rank {values.ndim} (shape {values.shape}), but must have "
-            "rank 1, one length for each segment; use jax.vmap over batches, or swap x "
-            "and lengths."
-        )
-    return values
 
 
 def _size_or(call: Call, argument: str, given: Any, lengths: Any, default: Any) -> Any:

@@ -131,10 +131,9 @@ def _layout(call: Call, x_shape: Any, shape: Any, static: tuple[Any, ...]) -> La
     name, kind, axis, batch_axis, padding_id = static
     x, ndim, rank = call.x_name, len(x_shape), len(shape)
     batch = shape if kind == "padded" else shape[:-1]
-
     # One length for each row, where several are expected.
-    packed = name == "lengths" and kind == "packed"
-    wrong = packed and axis is None and 1 == rank < ndim and shape == x_shape[:1]
+    single = name == "lengths" and kind == "packed" and rank < 2
+    wrong = single and axis is None and 1 == rank < ndim and shape == x_shape[:1]
     wrong = (wrong and shape[0] > 1) or (kind != "padded" and rank == 0)
     wrong |= name == "cu_seqlens" and shape[-1:] == (0,)
     try:
@@ -159,13 +158,13 @@ def _layout(call: Call, x_shape: Any, shape: Any, static: tuple[Any, ...]) -> La
     local = per_step and call.axis_name is not None
     hints = {
         "give different axes in axis and batch_axis": twice,
-        "use reverse_sequence for one length a row, or axis=0": packed and rank < 2,
+        "use reverse_sequence for one length a row or axis=0": single and call.reverses,
+        "use jax.vmap over batches": call.function == "pack_segments",
         "K segments take K + 1 offsets": name == "cu_seqlens",
         f"for several segments a row use {several}": kind == "padded" and rank > 1,
         f"swap {x} and lengths": name == "lengths" and rank > ndim,
         f"give {x} batch axes, with jax.numpy.broadcast_to if all rows are equal"
-        f"{', or swap init and xs' * x.startswith('xs')}": axis == ndim == 1
-        and not call.reverses,
+        f"{', or swap init and xs' * x.startswith('xs')}": axis == ndim == 1,
         f"transpose {name}": per_step and shape == sizes[::-1],
         f"if {x} is time-major, use axis=0": batch == x_shape[1 : len(batch) + 1] != (),
         f"give this device's block of {name}, by in_specs like those of {x}": local,

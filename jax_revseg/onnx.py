@@ -49,11 +49,9 @@ def _inline(ctx: Any, eqn: Any, fun: Any, symbolic: bool = False) -> None:
         ctx.bind_value_for_var(outer, ctx.get_value_for_var(eqn.invars[0]))
         return
     if not symbolic and not all(isinstance(n, int) for n in sizes):
-        raise NotImplementedError(
-            f"{eqn.primitive.name}: ONNX export needs shapes of integers, but the "
-            f"operands have shapes {[aval.shape for aval in avals]}; export one model "
-            "for each size, and pad the inputs."
-        )
+        what = f"{eqn.primitive.name}: ONNX export needs shapes of integers, not"
+        remedy = "export one model for each size, and pad the inputs"
+        raise NotImplementedError(f"{what} {[a.shape for a in avals]}; {remedy}.")
     closed = jax.make_jaxpr(fun)(*avals)
     for var, value in zip(closed.jaxpr.constvars, closed.consts, strict=True):
         ctx.bind_const_for_var(var, value)

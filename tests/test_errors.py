@@ -52,7 +52,10 @@ TYPE_ERRORS = (
         "^reverse_segment_order: x must be .* 'abc' of type str",
     ),
     (lambda: seq(np.array(["a"]), 1), r"x must be an array, but is <U1\[1\]"),
-    (lambda: seq(np.ma.masked_equal([1, 2], 2), 1), r"x must be .*\.filled"),
+    (
+        lambda: seq(np.ma.masked_equal([1, 2], 2), 1),
+        r"x must be .*MaskedArray; use \.filled",
+    ),
     # What lengths may be.
     (lambda: seq(X, X > 0), r"lengths is bool\[3,4\].*segment_ids=mask.ast.*starts="),
     (lambda: seq(X, [True] * 3), r"lengths is \[True, .*padding_id=0"),
@@ -153,14 +156,14 @@ VALUE_ERRORS = (
     (lambda: seq(X, [1] * 3, axis_name=("d", "d")), r"axis_name is.*each once"),
     (lambda: seq(X, [1] * 3, axis_name="i"), r"axis_name is 'i'.*shard_map"),
     # Packing.
-    (lambda: pack(X, [[1]], max_length=2), r"lengths has rank 2.*rank 1"),
+    (lambda: pack(X, [[1]], max_length=2), r"lengths has shape \(1, 1\) .*jax\.vmap"),
     (lambda: pack(X, [1], max_length=-1), r"max_length is -1.*0 or more"),
     (lambda: pack(X, [2, 2], max_length=2), r"lengths\.sum\(-1\) is 4.*3"),
     (lambda: pack(X, [-1], max_length=2), r"lengths\[0\] is -1.*between 0 and 3"),
     (lambda: unpack(X[0], [1], total_length=1), r"lengths.*\(1,\).*x.*\(4,\)"),
     (lambda: unpack(X[0], [1] * 4, total_length=4), r"axes for rows and steps"),
     (lambda: unpack(X, [1], total_length=1), r"lengths.*\(1,\).*x.*\(3, 4\)"),
-    (lambda: unpack(X, 1, total_length=1), r"lengths has rank 0.*rank 1"),
+    (lambda: unpack(X, 1, total_length=1), r"lengths has shape \(\) .*each row"),
     (lambda: unpack(X, [1, 9, 1], total_length=5), r"number 6.*total_length is 5"),
     (lambda: unpack(X, [1, -1, 1], total_length=5), r"lengths\[1\] is -1.*negative"),
 )
