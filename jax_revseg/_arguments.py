@@ -104,12 +104,9 @@ class Call(NamedTuple):
         try:
             return cast(value, x.dtype)
         except (TypeError, ValueError, OverflowError, AttributeError):
-            self.fail(
-                f"padding_value is {shown(value)}, but must be a scalar (shape ()) "
-                f"that {self.x_name} with dtype {x.dtype} can hold; use "
-                "jax.numpy.where for anything else.",
-                TypeError,
-            )
+            what = f"padding_value is {shown(value)}, but must be a scalar (shape ())"
+            holds = f"that {self.x_name} with dtype {x.dtype} can hold"
+            self.fail(f"{what} {holds}; use jax.numpy.where for others.", TypeError)
 
     def values(self, argument: str, given: Any, boolean: bool = False) -> Any:
         """Returns integers or booleans where they are: on the host or on a device."""

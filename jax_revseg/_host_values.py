@@ -26,11 +26,9 @@ class HostValues(NamedTuple):
         if not layout.per_step:
             return _as_positions(self._lengths(), self._size), layout
         if devices > 1:
-            self.call.fail(
-                f"{self.name} is on the host, the same on all {devices} devices of "
-                "axis_name, which hold different blocks of it; pass it into shard_map "
-                "with in_specs like those of x."
-            )
+            what = f"{self.name} is on the host, the same on {devices} devices"
+            remedy = "pass it into shard_map in blocks, with in_specs like those of x"
+            self.call.fail(f"{what}; {remedy}.")
         return self._ids() if layout.kind == "ids" else (self.values, layout)
 
     @property
@@ -88,6 +86,4 @@ class HostValues(NamedTuple):
 def _as_positions(values: np.ndarray, size: Any) -> np.ndarray:
     """Casts checked host values to the dtype of positions, saturating."""
     dtype = position_dtype(size)
-    if values.dtype.itemsize == 8:
-        values = np.asarray(np.minimum(values, np.iinfo(dtype).max))  # May be an int.
-    return values.astype(dtype, copy=False)
+    return np.asarray(np.minimum(values, np.int64(np.iinfo(dtype).max)), dtype)

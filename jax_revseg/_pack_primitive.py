@@ -71,11 +71,9 @@ def _pack_segments_abstract_eval(x, lengths, *, size, unpack, batch):
     moved = [("x", a, spec[a]) for a in range(batch, features)]
     for what, a, name in (*moved, ("the lengths", batch, lengths_spec[batch])):
         if name is not None:
-            raise ValueError(
-                f"{'un' * unpack}pack_segments: axis {a} of {what} is sharded over "
-                f"mesh axis {name!r}, but rows and steps change places here; replicate "
-                "that axis with jax.sharding.reshard first."
-            )
+            what = f"{'un' * unpack}pack_segments: axis {a} of {what} is sharded over"
+            why = f"mesh axis {name!r}, but rows and steps change places here"
+            raise ValueError(f"{what} {why}; replicate it with jax.sharding.reshard.")
     rows = [a or b for a, b in zip(spec[:batch], lengths_spec[:batch], strict=True)]
     spec = PartitionSpec(*rows, *[None] * len(shape), *spec[features:])
     mesh = (lengths if x.sharding.mesh.empty else x).sharding.mesh

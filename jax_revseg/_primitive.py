@@ -58,20 +58,22 @@ def merged_spec(x, segments, layout):
             + ("." if layout.kind == "mask" else _exchange(name, layout))
         )
     for i, name in enumerate(segments.sharding.spec):
+        if name is None:
+            continue
         but = "it runs along the segment axis, which cannot be sharded"
-        if name is not None and i < len(layout.batch_axes):
+        if i < len(layout.batch_axes):
             a = layout.batch_axes[i]
             but = f"x, whose axis {a} goes with it, is sharded as {tuple(spec)}"
             taken = set(jax.tree.leaves(spec)) & set(jax.tree.leaves(name))
             if spec[a] is None and not taken:
                 spec[a] = name
-            name = None if spec[a] == name else name
-        if name is not None:
-            raise ValueError(
-                f"{layout.function}: axis {i} of the lengths or ids is sharded over "
-                f"mesh axis {name!r}, but {but}. Give both the same sharding with "
-                "jax.sharding.reshard."
-            )
+            if spec[a] == name:
+                continue
+        raise ValueError(
+            f"{layout.function}: axis {i} of the lengths or ids is sharded over mesh "
+            f"axis {name!r}, but {but}. Give both the same sharding with "
+            "jax.sharding.reshard."
+        )
     return tuple(spec)
 
 

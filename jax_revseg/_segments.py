@@ -51,10 +51,8 @@ def parse_arrays(
         found[layout, x.shape[layout.axis]] = of_leaf, x.shape
     if len(found) > 1:
         shapes = [f"{c.x_name} has shape {shape}" for c, shape in found.values()]
-        call.fail(
-            f"the arrays disagree about the segment axis: {' and '.join(shapes)}; give "
-            "them the same axes, and count axis from the start."
-        )
+        what = f"the arrays disagree about the segment axis: {' and '.join(shapes)}"
+        call.fail(f"{what}; give them the same axes, and count axis from the start.")
     [((layout, _), (call, shape))] = found.items()
     return treedef.unflatten(arrays), *_segments(call, shape, static[0], values, layout)
 
@@ -77,10 +75,8 @@ def _parse(
     ((name, value),) = given.items()
     if padding_id is not None:
         if name != "segment_ids":
-            call.fail(
-                f"padding_id is {padding_id!r}, but the segments are given by {name}; "
-                "padding_id goes with segment_ids only: leave it out."
-            )
+            what = f"padding_id is {padding_id!r}, but the segments are given by {name}"
+            call.fail(f"{what}; leave it out, it goes with segment_ids only.")
         padding_id = call.integer("padding_id", padding_id)
     if call.axis_name is not None:
         _ = call.devices  # Raises for a bad axis_name.
@@ -106,11 +102,11 @@ def _segments(
         values = values if at == values.ndim - 1 else numpy.moveaxis(values, at, -1)
     elif call.axis_name is not None:
         if differ := _compat.varying(values) & {*jax.tree.leaves(call.axis_name)}:
-            call.fail(
-                f"{name} varies over mesh axis {sorted(differ)}, but axis_name is "
-                f"{call.axis_name!r}: every device needs the {name} of the whole rows; "
-                "pass it into shard_map with in_specs that leave that axis out."
+            what = (
+                f"{name} varies over mesh axis {sorted(differ)} of axis_name, but must"
             )
+            remedy = "use in_specs that leave that axis out"
+            call.fail(f"{what} describe whole rows on each device; {remedy}.")
     if not on_device:
         return HostValues(call, x_shape, name, values, layout).checked()
     if name == "cu_seqlens":
@@ -118,10 +114,10 @@ def _segments(
     if layout.padding_id is not None:
         info = jnp.iinfo(values.dtype)
         if not info.min <= layout.padding_id <= info.max:
-            call.fail(
-                f"padding_id is {layout.padding_id}, but segment_ids has dtype "
-                f"{values.dtype}, which holds {info.min} to {info.max}; use another."
+            what = (
+                f"padding_id is {layout.padding_id}, but segment_ids are {values.dtype}"
             )
+            call.fail(f"{what}, which holds {info.min} to {info.max}; use another.")
     return values, layout
 
 
