@@ -9,12 +9,7 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike
 
 from jax_revseg import _compat
-from jax_revseg._arguments import (
-    AxisName,
-    BatchAxis,
-    Call,
-    Integers,
-)
+from jax_revseg._arguments import AxisName, BatchAxis, Call, Integers
 from jax_revseg._layout import Layout
 from jax_revseg._linear import compiled
 from jax_revseg._lowering import fill, last_end, packed_ends, starts_of
@@ -192,18 +187,9 @@ def reverse_segments(
     """
     call = Call("reverse_segments", "x", axis_name)
     x = call.array(x)
-    segments, layout = parse_segments(
-        call,
-        x,
-        axis,
-        batch_axis,
-        lengths_kind="packed",
-        padding_id=padding_id,
-        lengths=lengths,
-        segment_ids=segment_ids,
-        cu_seqlens=cu_seqlens,
-        starts=starts,
-    )
+    encodings = dict(lengths=lengths, segment_ids=segment_ids, cu_seqlens=cu_seqlens)
+    encodings.update(starts=starts, padding_id=padding_id, lengths_kind="packed")
+    segments, layout = parse_segments(call, x, axis, batch_axis, **encodings)
     value = call.scalar(padding_value, x)
     return reverse_rows(call, x, segments, layout, value)
 

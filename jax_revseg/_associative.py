@@ -21,54 +21,54 @@ from jax import lax
 from jax_revseg._arguments import Call
 from jax_revseg._boundaries import shift
 from jax_revseg._carry import alike, describe, same_types
-from jax_revseg._layout import Layout
-from jax_revseg._lowering import align
 from jax_revseg._steps import (
-    first_steps,
+    enters,
+    find_steps,
     first_valid,
-    masks,
-    resets,
+    is_at,
     select,
     take_step,
+    time_axis,
+    with_features,
     zero_padding,
 )
 
 
 def combine_rows(fn, elems, carry_in, segments, *, call, layout, reverse):
     """The program of `associative_scan_segments`."""
-    axis, batch_axes = layout.axis, layout.batch_axes
+    axis, at, batch_axes = layout.axis, time_axis(layout), layout.batch_axes
     size = jax.tree.leaves(elems)[0].shape[axis]
     if size == 0:
         return elems
     rows, rank = range(len(batch_axes)), max(axis, *batch_axes, 0) + 1
-    valid, starts = masks(call, segments, size, layout)
-    elems, carry_in, (valid, starts) = alike(
-        call, (elems, batch_axes), (carry_in, rows), ((valid, starts), rows)
+    steps = find_steps(call, segments, size, layout, reverse)
+    elems, carry_in, steps = alike(
+        call,
+        (elems, batch_axes),
+        (carry_in, rows),
+        (steps, [a for a in range(len(rows) + 1) if a != at]),
     )
-    if starts is None:
-        starts = first_steps(call, None, valid, False) | ~valid
-    first = None
+    valid, starts, first = steps
+    padding = None
     if valid is not None:
-        step = partial(first_valid, valid=valid, reverse=reverse, layout=layout)
-        first = jax.tree.map(step, elems)
-    combine = partial(_combine, call, fn, first)
+        padding = jax.tree.map(lambda x: first_valid(x, first, layout), elems)
+    combine = partial(_combine, call, fn, padding)
     if carry_in is not None:
-        entered = first_steps(call, valid, starts, reverse)
-        elems = _enter(combine, elems, carry_in, entered, layout)
-    starts = resets(call, valid, starts, reverse)
+        first = enters(call, steps, at, reverse)
+        here = with_features(is_at(first, starts, at), rank, layout)
+        elems = _enter(combine, elems, carry_in, first, here, layout)
     if call.axis_name is None:
         # The first step is a start. Say so by a pad, which XLA:CPU writes to memory: it
         # would compute a comparison again for each of its many users.
-        starts = shift(shift(starts, 1 if reverse else -1), -1 if reverse else 1, True)
-    starts = align(starts, rank, layout)
+        by = 1 if reverse else -1
+        starts = shift(shift(starts, by, axis=at), -by, True, axis=at)
+    starts = with_features(starts, rank, layout)
     pairs = lax.associative_scan(combine, (starts, elems), reverse=reverse, axis=axis)
     if call.axis_name is not None:
         pairs = combine(_before(call, combine, pairs, reverse, axis), pairs)
-    return (
-        pairs[1]
-        if valid is None
-        else zero_padding(pairs[1], align(valid, rank, layout))
-    )
+    if valid is None:
+        return pairs[1]
+    return zero_padding(pairs[1], with_features(valid, rank, layout))
 
 
 def _combine(call: Call, fn: Any, first: Any, a: Any, b: Any) -> Any:
@@ -87,16 +87,13 @@ def _combine(call: Call, fn: Any, first: Any, a: Any, b: Any) -> Any:
     return starts_a | starts_b, select(starts_b, b, out)
 
 
-def _enter(combine: Any, elems: Any, carry: Any, first: Any, layout: Layout) -> Any:
+def _enter(combine, elems, carry, first, here, layout):
     """Combines what enters each row with its first valid step."""
-    rank = max(layout.axis, *layout.batch_axes, 0) + 1
-    index = jnp.argmax(first, -1, keepdims=True)
-    absent = align(~first.any(-1, keepdims=True), rank, layout)
-    step = jax.tree.map(lambda x: take_step(x, index, layout), elems)
+    step = jax.tree.map(lambda x: take_step(x, first, layout), elems)
     carry = jax.tree.map(lambda x: jnp.expand_dims(x, layout.axis), carry)
+    absent = with_features(first < 0, here.ndim, layout)
     _, step = combine((absent, carry), (absent, step))
-    step = jax.tree.map(lambda a, b: jnp.broadcast_to(a, b.shape), step, elems)
-    return select(align(first, rank, layout), step, elems)
+    return select(here, step, elems)
 
 
 def _before(call: Call, combine: Any, pairs: Any, reverse: bool, axis: int) -> Any:

@@ -17,10 +17,16 @@ from jax_revseg._arguments import AxisName, BatchAxis, Call, Integers
 from jax_revseg._carry import alike, check_callable
 from jax_revseg._layout import Layout
 from jax_revseg._linear import compiled
-from jax_revseg._lowering import align
+from jax_revseg._lowering import gather_rows
 from jax_revseg._primitive import merged_spec
 from jax_revseg._segments import parse_arrays
-from jax_revseg._steps import fill_padding, masks
+from jax_revseg._steps import (
+    fill_padding,
+    find_steps,
+    time_axis,
+    with_features,
+    zero_padding,
+)
 
 
 def concatenate(forward: Any, backward: Any) -> Any:
@@ -122,21 +128,14 @@ def bidirectional(
     for name, function in (layers | {"merge": merge}).items():
         remedy = ", such as jax.numpy.add" if name == "merge" else " of x"
         check_callable(call, name, function, remedy)
-    if merge is sum:
-        call.fail("merge is the builtin sum, which adds up rows; use jax.numpy.add.")
-    x, segments, layout = parse_arrays(
-        call,
-        "x",
-        x,
-        axis,
-        batch_axis,
-        padding_id=padding_id,
-        lengths=lengths,
-        segment_ids=segment_ids,
-        cu_seqlens=cu_seqlens,
-        starts=starts,
-        mask=mask,
-    )
+    if merge in (sum, jnp.concatenate):
+        call.fail(
+            f"merge is {merge.__name__}, which does not take two results; use "
+            "jax.numpy.add, or leave merge out to concatenate the last axes."
+        )
+    encodings = dict(lengths=lengths, segment_ids=segment_ids, cu_seqlens=cu_seqlens)
+    encodings.update(starts=starts, mask=mask, padding_id=padding_id)
+    x, segments, layout = parse_arrays(call, "x", x, axis, batch_axis, **encodings)
     # Both layers get the sharding that the reversal gives to its result.
     rows = range(len(layout.batch_axes))
     x = next(alike(call, (x, layout.batch_axes), (segments, rows)))
@@ -144,22 +143,31 @@ def bidirectional(
     if axis_name is None:
         for leaf in jax.tree.leaves(x):
             merged_spec(jax.typeof(leaf), jax.typeof(segments), layout)
-    back = None
-    if layout.kind in ("padded", "mask"):
-        fill = partial(_fill, call=call, layout=layout)
-        x = jax.tree.map(lambda leaf: fill(leaf, segments), x)
+    at_front, given = layout, segments
     if mask is not None:
-        x, segments, layout, back = _to_front(call, x, segments, layout)
+        if axis_name is not None:
+            call.fail(
+                f"mask and axis_name={axis_name!r} are both given, but valid steps "
+                "would move from device to device; give lengths or segment_ids."
+            )
+        x = jax.tree.map(lambda a: _to_front(a, given, layout=layout), x)
+        segments = _counts(given)
+        at_front = layout._replace(kind="padded")
+    if at_front.kind == "padded":
+        fill = partial(_fill, call=call, layout=at_front)
+        x = jax.tree.map(lambda leaf: fill(leaf, segments), x)
 
     def reverse(tree: Any) -> Any:
-        return jax.tree.map(lambda a: reverse_rows(call, a, segments, layout), tree)
+        return jax.tree.map(lambda a: reverse_rows(call, a, segments, at_front), tree)
 
     def run(name: str, inputs: Any) -> Any:
         check = partial(_check_output, call, layout, shape, merge is concatenate, name)
         return tree_map_with_path(check, layers[name](inputs))
 
     results = run("forward", x), reverse(run("backward", reverse(x)))
-    return merge(*(results if back is None else jax.tree.map(back, results)))
+    if mask is not None:
+        results = jax.tree.map(lambda y: _back(y, given, layout=layout), results)
+    return merge(*results)
 
 
 def _check_output(
@@ -191,39 +199,26 @@ def _check_output(
 
 @compiled
 def _fill(x, segments, *, call, layout):
-    return fill_padding(
-        x, masks(call, segments, x.shape[layout.axis], layout)[0], layout
-    )
-
-
-def _to_front(call: Call, x: Any, mask: Any, layout: Layout) -> Any:
-    """Moves the valid steps of each row to its front; returns the way back, too."""
-    if call.axis_name is not None:
-        call.fail(
-            f"mask and axis_name={call.axis_name!r} are both given, but valid steps "
-            "would move from device to device; give lengths or segment_ids."
-        )
-    order, rank, lengths = _orders(mask)
-    take = partial(_take, layout=layout)
-    x = jax.tree.map(lambda leaf: take(leaf, order), x)
-    padded = layout._replace(kind="padded")
-    return x, lengths, padded, lambda y: _zero(take(y, rank), mask, layout=layout)
+    steps = find_steps(call, segments, x.shape[layout.axis], layout)
+    return fill_padding(x, steps, layout)
 
 
 @compiled
-def _orders(mask):
-    """Which step comes to each position at the front, and where each step went."""
-    rank = lax.cumsum(mask.astype(jnp.int32), mask.ndim - 1)
-    count = jnp.sum(mask, -1, dtype=jnp.int32)
-    return jnp.argsort(~mask, -1), jnp.maximum(rank - 1, 0), count
+def _to_front(x, mask, *, layout):
+    """Moves the valid steps of each row to its front."""
+    mask = jnp.moveaxis(mask, -1, at := time_axis(layout))
+    return gather_rows(x, jnp.argsort(~mask, at), layout)
 
 
 @compiled
-def _take(x, index, *, layout):
-    index = align(index, x.ndim, layout)
-    return jnp.take_along_axis(x, index, layout.axis, mode="promise_in_bounds")
+def _back(y, mask, *, layout):
+    """Moves steps from the front back to where they are valid."""
+    mask = jnp.moveaxis(mask, -1, at := time_axis(layout))
+    rank = lax.cumsum(mask.astype(jnp.int32), at)
+    y = gather_rows(y, jnp.maximum(rank - 1, 0), layout)
+    return zero_padding(y, with_features(mask, y.ndim, layout))
 
 
 @compiled
-def _zero(x, mask, *, layout):
-    return jnp.where(align(mask, x.ndim, layout), x, jnp.zeros((), x.dtype))
+def _counts(mask):
+    return jnp.sum(mask, -1, dtype=jnp.int32)

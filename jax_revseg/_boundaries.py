@@ -40,9 +40,10 @@ def to_words(bits: jax.Array) -> jax.Array:
     return jnp.sum(bits << _iota(bits.shape, bits.ndim - 1), -1, dtype=_WORD)
 
 
-def shift(values: jax.Array, by: int, edge: int = 0) -> jax.Array:
-    """Moves the last axis by some positions, and fills the free end with `edge`."""
-    sides = [(0, 0, 0)] * (values.ndim - 1) + [(by, -by, 0)]
+def shift(values: jax.Array, by: int, edge: int = 0, axis: int = -1) -> jax.Array:
+    """Moves an axis by some positions, and fills the free end with `edge`."""
+    sides = [(0, 0, 0)] * values.ndim
+    sides[axis] = by, -by, 0
     return lax.pad(values, jnp.asarray(edge, values.dtype), sides)
 
 

@@ -251,13 +251,17 @@ def _gather(x, index, axis, rows, window):
     )
 
 
+def gather_rows(x, index, layout):
+    """Indexes the segment axis of each row; features move in one piece."""
+    rows = sorted(layout.batch_axes)
+    return _gather(x, index[..., None], layout.axis, rows, window=False)
+
+
 def _reverse_rows(x, segments, layout):
-    """Indexes the batch axes and the segment axis; features move in one piece."""
     axis, batch_axes = layout.axis, layout.batch_axes
     index = align(source_index(segments, x.shape[axis], layout), x.ndim, layout)
-    indexed = sorted((*batch_axes, axis))
-    index = index.reshape(*(x.shape[a] for a in indexed), 1)
-    return _gather(x, index, axis, sorted(batch_axes), window=False)
+    index = index.reshape([x.shape[a] for a in sorted((*batch_axes, axis))])
+    return gather_rows(x, index, layout)
 
 
 def _reverse_windows(x, lengths, layout):

@@ -22,12 +22,12 @@ from jax_revseg._carry import alike, check_step
 from jax_revseg._layout import Layout
 from jax_revseg._steps import (
     fill_padding,
-    first_steps,
+    find_steps,
     first_valid,
+    is_at,
     lend,
-    masks,
-    resets,
     select,
+    time_axis,
     zero_padding,
 )
 
@@ -38,7 +38,7 @@ class _Loop(NamedTuple):
     carry: Any  # Before the first step.
     init: Any  # At the start of a segment.
     padding: Any  # At padding; None where `init` is right there, too.
-    first: Any  # The first valid step of each row.
+    first: Any  # The first valid step of each row; unused where all are valid.
     xs: Any
     valid: Any  # None if all steps are.
     starts: Any  # Of a segment, or padding; None for one segment a row.
@@ -50,47 +50,50 @@ def _prepare(
     init: Any,
     carry_in: Any,
     xs: Any,
-    valid: Any,
-    starts: Any,
+    segments: Any,
     reverse: bool,
     chunk: int | None = None,
 ) -> _Loop:
     """Says what `f` gets at starts and at padding, and puts time in front."""
-    axis, batch_axes = layout.axis, layout.batch_axes
+    axis, at = layout.axis, time_axis(layout)
     batch, size = _sizes(xs, layout)
-    rows, over_time = range(len(batch)), len(batch)
-    if chunk and size % chunk:  # More padding, for chunks of one size.
-        valid = jnp.ones((*batch, size), bool) if valid is None else valid
-        grow = partial(_grow, multiple=chunk)
-        valid, starts = jax.tree.map(lambda m: grow(m, over_time), (valid, starts))
-        starts = starts if starts is None else starts | ~valid
-        xs = jax.tree.map(lambda x: grow(x, axis), xs)
-    init, carry_in, xs, (valid, starts) = alike(
-        call, (init, rows), (carry_in, rows), (xs, batch_axes), ((valid, starts), rows)
+    rows, steps = range(len(batch)), find_steps(call, segments, size, layout, reverse)
+    grow = chunk if chunk and size % chunk else 0  # More padding, to a multiple.
+    if grow and steps.valid is None:
+        steps = steps._replace(valid=jnp.ones_like(steps.starts))
+    init, carry_in, xs, steps = alike(
+        call,
+        (init, rows),
+        (carry_in, rows),
+        (xs, layout.batch_axes),
+        (steps, [a for a in range(len(batch) + 1) if a != at]),
     )
+    valid, starts, first = steps
+    if layout.kind == "padded":
+        starts = None
     carry, padding = init if carry_in is None else carry_in, None
-    if starts is not None:
-        starts = resets(call, valid, starts, reverse)
-        if carry_in is not None:  # The first segment goes on from there.
-            starts &= ~first_steps(call, valid, starts, reverse)
-    first = None
+    if starts is not None and carry_in is not None:  # The first segment goes on.
+        starts &= ~is_at(first, starts, at)
     if valid is not None:
-        some = valid.any(-1)
+        some = lax.squeeze(first >= 0, [at])
         padding = jax.tree.map(lambda c: lend(c, some, rows), carry)
         if starts is not None and carry_in is None:  # Padding counts as a start.
             init, padding = padding, None
-        take = partial(first_valid, valid=valid, reverse=reverse, layout=layout)
-        first = jax.tree.map(lambda x: jnp.squeeze(take(x), axis), xs)
+        step = jax.tree.map(lambda x: first_valid(x, first, layout), xs)
+        first = jax.tree.map(lambda x: lax.squeeze(x, [axis]), step)
         if chunk:  # The gradient saves xs, where `jax.debug_nans` must find no NaN.
-            xs = jax.tree.map(lambda x: fill_padding(x, valid, layout), xs)
+            xs = jax.tree.map(lambda x: fill_padding(x, steps, layout), xs)
     xs = jax.tree.map(lambda x: jnp.moveaxis(x, axis, 0), xs)
-    valid, starts = jax.tree.map(lambda m: jnp.moveaxis(m, -1, 0), (valid, starts))
+    valid, starts = jax.tree.map(lambda m: jnp.moveaxis(m, at, 0), (valid, starts))
+    if grow:
+        xs, valid = jax.tree.map(partial(_grow, grow, 0), (xs, valid))
+        starts = jax.tree.map(partial(_grow, grow, True), starts)
     return _Loop(carry, init, padding, first, xs, valid, starts)
 
 
-def _grow(x: jax.Array, axis: int, multiple: int) -> jax.Array:
-    shape = (*x.shape[:axis], -x.shape[axis] % multiple, *x.shape[axis + 1 :])
-    return lax.concatenate([x, lax.full_like(x, 0, shape=shape)], axis)
+def _grow(multiple: int, value: Any, x: jax.Array) -> jax.Array:
+    shape = (-x.shape[0] % multiple, *x.shape[1:])
+    return lax.concatenate([x, lax.full_like(x, value, shape=shape)], 0)
 
 
 def _saving_little(fun: Any, *operands: Any) -> Any:
@@ -141,8 +144,7 @@ def _run_loop(step: Any, loop: _Loop, *, reverse=False, unroll=1, chunk=None) ->
 def scan_rows(f, init, carry_in, xs, segments, *, call, layout, reverse, unroll, chunk):
     """The program of `scan_segments`."""
     batch, size = _sizes(xs, layout)
-    steps = _masks(call, segments, size, layout)
-    loop = _prepare(call, layout, init, carry_in, xs, *steps, reverse, chunk)
+    loop = _prepare(call, layout, init, carry_in, xs, segments, reverse, chunk)
     step = check_step(call, f, batch)
     carry, ys = _run_loop(step, loop, reverse=reverse, unroll=unroll, chunk=chunk)
     ys = jax.tree.map(lambda y: y[:size], ys) if chunk else ys
@@ -151,10 +153,9 @@ def scan_rows(f, init, carry_in, xs, segments, *, call, layout, reverse, unroll,
 
 def scan_both_ways(f, params, inits, xs, segments, *, call, layout, unroll):
     """The program of `bidirectional_scan`."""
-    batch, size = _sizes(xs, layout)
-    steps = _masks(call, segments, size, layout)
+    batch, _ = _sizes(xs, layout)
     ways = [
-        _prepare(call, layout, init, None, xs, *steps, reverse)
+        _prepare(call, layout, init, None, xs, segments, reverse)
         for init, reverse in zip(inits, (False, True), strict=True)
     ]
     # From the end to the start, so that one loop can step through both directions.
@@ -178,10 +179,6 @@ def scan_both_ways(f, params, inits, xs, segments, *, call, layout, unroll):
     outputs[1] = jax.tree.map(_flip, outputs[1])
     outputs = [_outputs(call, ys, layout.axis) for ys in outputs]
     return (_one_way(carries, 0), _one_way(carries, 1)), (outputs[0], outputs[1])
-
-
-def _masks(call: Call, segments: Any, size: Any, layout: Layout) -> tuple[Any, Any]:
-    return masks(call, segments, size, layout) if size != 0 else (None, None)
 
 
 def _sizes(xs: Any, layout: Layout) -> tuple[tuple[Any, ...], Any]:

@@ -138,19 +138,9 @@ def scan_segments(
         check_carry_in(call, carry_in, "init", init)
     if chunk is not None and call.integer("chunk", chunk) < 1:
         call.fail(f"chunk is {chunk}; use 1 or more, or None for one plain loop.")
-    return run(
-        scan_rows,
-        f,
-        init,
-        carry_in,
-        xs,
-        segments,
-        call=call,
-        layout=layout,
-        reverse=call.flag("reverse", reverse),
-        unroll=unroll,
-        chunk=chunk,
-    )
+    more = dict(reverse=call.flag("reverse", reverse), unroll=unroll, chunk=chunk)
+    operands = init, carry_in, xs, segments
+    return run(scan_rows, f, *operands, call=call, layout=layout, **more)
 
 
 def bidirectional_scan(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -15,8 +15,8 @@ from jax_revseg._arguments import Call
 from jax_revseg._boundaries import shift
 from jax_revseg._layout import Layout
 from jax_revseg._lowering import (
-    align,
     clip_lengths,
+    gather_rows,
     last_end,
     packed_ends,
     position_dtype,
@@ -24,6 +24,17 @@ from jax_revseg._lowering import (
 )
 from jax_revseg._primitive import bind
 from jax_revseg._segments import parse_arrays
+
+
+class Steps(NamedTuple):
+    """The steps of a block of rows, in the direction of a scan.
+
+    Masks lie like `x` without its features, so that none is transposed.
+    """
+
+    valid: Any  # None if all are.
+    starts: Any  # Where a segment starts, or is padding; None for one segment a row.
+    first: Any  # The index of the first valid step, or -1; the time axis has size 1.
 
 
 def parse_steps(
@@ -44,25 +55,35 @@ def parse_steps(
     return xs, segments, layout
 
 
-def _positions(call: Call, batch: Any, size: Any) -> tuple[Any, jax.Array]:
+def time_axis(layout: Layout) -> int:
+    """The segment axis of a mask."""
+    return sum(a < layout.axis for a in layout.batch_axes)
+
+
+def with_features(mask: jax.Array, rank: int, layout: Layout) -> jax.Array:
+    """Gives a mask the axes of an `x` of this rank."""
+    axes = (*layout.batch_axes, layout.axis)
+    return lax.expand_dims(mask, [a for a in range(rank) if a not in axes])
+
+
+def _positions(call: Call, shape: Any, at: int) -> tuple[Any, jax.Array]:
     """The position of the first step of this block, and of each step."""
-    dtype = position_dtype(size * call.devices)
-    t, start = lax.broadcasted_iota(dtype, (*batch, size), len(batch)), 0
+    dtype, start = position_dtype(shape[at] * call.devices), 0
     if call.axis_name is not None:
-        start = lax.axis_index(call.axis_name).astype(dtype) * size
-    return start, t + start
+        start = lax.axis_index(call.axis_name).astype(dtype) * shape[at]
+    return start, start + lax.broadcasted_iota(dtype, shape, at)
 
 
-def _neighbours(call: Call, values: jax.Array, by: int) -> jax.Array:
+def _neighbours(call: Call, values: jax.Array, by: int, at: int) -> jax.Array:
     """Shifts by one step, across the blocks of a sharded axis; zero at its end."""
-    out = shift(values, by)
+    out = shift(values, by, axis=at)
     if call.axis_name is None:
         return out
-    edge = values[..., -1:] if by > 0 else values[..., :1]
+    edge = lax.index_in_dim(values, -1 if by > 0 else 0, at)
     pairs = [(i, i + by) for i in range(call.devices) if 0 <= i + by < call.devices]
     edge = lax.ppermute(edge, call.axis_name, pairs)
-    sides = [edge, out[..., 1:]] if by > 0 else [out[..., :-1], edge]
-    return jnp.concatenate(sides, -1)
+    rest = lax.slice_in_dim(out, max(by, 0), out.shape[at] + min(by, 0), axis=at)
+    return jnp.concatenate([edge, rest] if by > 0 else [rest, edge], at)
 
 
 def _checked(ends: jax.Array, segments: Any, size: Any, layout: Layout) -> jax.Array:
@@ -74,10 +95,15 @@ def _checked(ends: jax.Array, segments: Any, size: Any, layout: Layout) -> jax.A
     return ends + lax.expand_dims(zero, range(zero.ndim, ends.ndim))
 
 
+def _inside(end: jax.Array, start: Any, size: Any) -> jax.Array:
+    """How many positions of a block from `start` on lie before `end`."""
+    return jnp.minimum(jnp.maximum(end, start) - start, size)
+
+
 def _packed_starts(ends: jax.Array, t: jax.Array, start: Any, layout: Layout) -> Any:
     """Whether a packed segment starts at each position of a block from `start` on."""
     begins, last = starts_of(ends), t.ndim - 1
-    inside = jnp.clip(ends - start, 0, t.shape[-1])
+    inside = _inside(ends, start, t.shape[-1])
     layout = layout._replace(axis=last, batch_axes=tuple(range(last)))
     # The source of a step plus the step is start + end - 1: one number a segment.
     keys = t + bind(t, inside - starts_of(inside), layout)
@@ -85,93 +111,93 @@ def _packed_starts(ends: jax.Array, t: jax.Array, start: Any, layout: Layout) ->
     return ((keys != shift(keys, 1)) & (t != start)) | (first & (t == start))
 
 
-def masks(
-    call: Call, segments: Any, size: Any, layout: Layout
-) -> tuple[jax.Array | None, jax.Array | None]:
-    """Which steps are valid, and which start a segment or are padding.
-
-    Each is of shape `(*batch, size)`. The first is None if all are valid, the second if
-    a row has one segment.
-    """
-    if layout.kind == "mask":  # A masked step holds the carry.
-        return segments, None
-    batch = segments.shape[: len(layout.batch_axes)]
-    start, t = _positions(call, batch, size)
-    if layout.kind == "starts":
-        return None, segments | (t == 0)
-    if layout.kind == "ids":
-        starts = (segments != _neighbours(call, segments, 1)) | (t == 0)
-        if layout.padding_id is None:
-            return None, starts
-        valid = segments != jnp.asarray(layout.padding_id, segments.dtype)
-        return valid, starts | ~valid
-    total = size * call.devices
-    if layout.kind == "padded":
-        end = _checked(clip_lengths(segments, total), segments, total, layout)
-        return t < end[..., None], None
-    ends = _checked(packed_ends(segments, total), segments, total, layout)
-    valid = t < last_end(ends)[..., None]
-    return valid, _packed_starts(ends, t, start, layout) | ~valid
-
-
-def resets(call: Call, valid: Any, starts: Any, reverse: bool) -> jax.Array:
-    """`starts` in the direction of the scan: reversed, where a segment ends."""
-    if not reverse:
-        return starts
-    _, t = _positions(call, starts.shape[:-1], starts.shape[-1])
-    last = t == starts.shape[-1] * call.devices - 1
-    ends = _neighbours(call, starts, -1) | last
-    return ends if valid is None else ends | ~valid
-
-
-def first_steps(call: Call, valid: Any, like: jax.Array, reverse: bool) -> jax.Array:
-    """Whether a step is the first valid one of its row in the scan's direction."""
-    batch, size = like.shape[:-1], like.shape[-1]
-    _, t = _positions(call, batch, size)
-    if valid is None:
-        return t == (size * call.devices - 1 if reverse else 0)
-    local = lax.broadcasted_iota(jnp.int32, like.shape, len(batch))
-    out = valid & (local == first_index(valid, reverse))
-    if call.axis_name is not None:
-        blocks = lax.all_gather(valid.any(-1, keepdims=True), call.axis_name)
-        i, own = jnp.arange(call.devices), lax.axis_index(call.axis_name)
-        before = lax.expand_dims(i > own if reverse else i < own, range(1, blocks.ndim))
-        out &= ~(blocks & before).any(0)
-    return out
+def find_steps(
+    call: Call, segments: Any, size: Any, layout: Layout, reverse: bool = False
+) -> Steps:
+    """Finds the steps in the segments of a call; `size` is that of a block."""
+    if size == 0:
+        return Steps(None, None, None)
+    at, kind, total = time_axis(layout), layout.kind, size * call.devices
+    order = sorted(range(len(layout.batch_axes)), key=layout.batch_axes.__getitem__)
+    shape = [segments.shape[i] for i in order]
+    shape.insert(at, size)
+    start, t = _positions(call, shape, at)
+    local = lax.broadcasted_iota(jnp.int32, shape, at)
+    first = lax.index_in_dim(local, -1 if reverse else 0, at)
+    valid = starts = None
+    if layout.per_step:
+        segments = jnp.moveaxis(segments, -1, at)
+        if kind == "mask":  # A masked step holds the carry.
+            valid = segments
+        elif kind == "starts":
+            starts = segments | (t == 0)
+        else:
+            starts = (segments != _neighbours(call, segments, 1, at)) | (t == 0)
+            if layout.padding_id is not None:
+                valid = segments != jnp.asarray(layout.padding_id, segments.dtype)
+        if valid is not None:
+            back = local if reverse else size - 1 - local
+            back = jnp.max(jnp.where(valid, back, -1), at, keepdims=True)
+            first = back if reverse else jnp.where(back < 0, back, size - 1 - back)
+    else:
+        if kind == "padded":
+            end = _checked(clip_lengths(segments, total), segments, total, layout)
+            starts = t == 0
+        else:
+            ends = _checked(packed_ends(segments, total), segments, total, layout)
+            end = last_end(ends)
+            starts = _packed_starts(ends, jnp.moveaxis(t, at, -1), start, layout)
+            starts = jnp.moveaxis(starts, -1, at)
+        end = lax.expand_dims(lax.transpose(end, order), [at])
+        valid, count = t < end, _inside(end, start, size).astype(jnp.int32)
+        first = (count if reverse else jnp.minimum(count, 1)) - 1
+    if starts is not None:
+        if reverse:  # A segment starts where it ends.
+            starts = starts if valid is None else starts | ~valid
+            starts = _neighbours(call, starts, -1, at) | (t == total - 1)
+        starts = starts if valid is None else starts | ~valid
+    return Steps(valid, starts, first)
 
 
-def first_index(valid: jax.Array, reverse: bool) -> jax.Array:
-    """The index of the first valid step of each row, `(*batch, 1)`; else of an end."""
-    if not reverse:
-        return jnp.argmax(valid, -1, keepdims=True)
-    return valid.shape[-1] - 1 - jnp.argmax(jnp.flip(valid, -1), -1, keepdims=True)
+def enters(call: Call, steps: Steps, at: int, reverse: bool) -> jax.Array:
+    """`steps.first`, or -1 where the row's first valid step is in another block."""
+    if call.axis_name is None:
+        return steps.first
+    blocks = lax.all_gather(steps.first >= 0, call.axis_name)
+    i, own = jnp.arange(call.devices), lax.axis_index(call.axis_name)
+    before = lax.expand_dims(i > own if reverse else i < own, range(1, blocks.ndim))
+    return jnp.where((blocks & before).any(0), -1, steps.first)
+
+
+def is_at(index: jax.Array, like: jax.Array, at: int) -> jax.Array:
+    """Whether a step has the index of its row."""
+    return lax.broadcasted_iota(index.dtype, like.shape, at) == index
 
 
 def take_step(x: jax.Array, index: jax.Array, layout: Layout) -> jax.Array:
     """Takes one step of each row; the segment axis stays, with size 1."""
-    index = align(index, x.ndim, layout)
-    return jnp.take_along_axis(x, index, layout.axis, mode="promise_in_bounds")
+    return gather_rows(x, jnp.maximum(index, 0), layout)
 
 
-def first_valid(x: jax.Array, valid: jax.Array, reverse: bool, layout: Layout):
+def first_valid(x: jax.Array, first: jax.Array, layout: Layout) -> jax.Array:
     """The first valid step of each row, as a constant; the segment axis has size 1."""
-    first = take_step(x, first_index(valid, reverse), layout)
+    step = take_step(x, first, layout)
     if _is_key(x):
-        return first  # Any key is as good as another.
-    some = valid.any(-1)
-    first = lend(first, some, layout.batch_axes)
+        return step  # Any key is as good as another.
+    some = lax.squeeze(first >= 0, [time_axis(layout)])
+    step = lend(step, some, sorted(layout.batch_axes))
     # Without a valid step anywhere, roots, logarithms and quotients are smooth here.
     default = 0.5 if jnp.issubdtype(x.dtype, jnp.inexact) else 1
-    first = jnp.where(some.any(), first, jnp.full_like(first, default))
-    return lax.stop_gradient(first)
+    step = jnp.where(some.any(), step, jnp.full_like(step, default))
+    return lax.stop_gradient(step)
 
 
-def fill_padding(x: jax.Array, valid: Any, layout: Layout) -> jax.Array:
+def fill_padding(x: jax.Array, steps: Steps, layout: Layout) -> jax.Array:
     """Replaces padding by the first valid step of the row."""
     if 0 in x.shape or _is_key(x):
         return x
-    first = first_valid(x, valid, False, layout)
-    return jnp.where(align(valid, x.ndim, layout), x, first)
+    first = first_valid(x, steps.first, layout)
+    return jnp.where(with_features(steps.valid, x.ndim, layout), x, first)
 
 
 def lend(rows: jax.Array, some: jax.Array, batch_axes: Sequence[int]) -> jax.Array:
@@ -189,10 +215,8 @@ def lend(rows: jax.Array, some: jax.Array, batch_axes: Sequence[int]) -> jax.Arr
             starts[a], sizes[a] = index % n if len(batch_axes) > 1 else index, 1
             index = index // n
         other = lax.stop_gradient(lax.dynamic_slice(rows, starts, sizes))
-        order = sorted(range(some.ndim), key=batch_axes.__getitem__)
         others = [a for a in range(rows.ndim) if a not in batch_axes]
-        some = lax.expand_dims(lax.transpose(some, order), others)
-        return jnp.where(some, rows, other)
+        return jnp.where(lax.expand_dims(some, others), rows, other)
 
     return _compat.automatic(take, jax.typeof(rows).sharding)(rows, some)
 

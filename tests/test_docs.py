@@ -58,6 +58,7 @@ def run(sybil, path, at_least):
         if "```python" in page.read_text()
     ],
 )
+@pytest.mark.filterwarnings("ignore:'.value' access:DeprecationWarning")  # jax2onnx's.
 def test_page(page):
     """Each block of Python gives what the page says that it gives."""
     for module in PEERS.get(page.name, ()):
