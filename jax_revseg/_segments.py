@@ -102,11 +102,8 @@ def _segments(
         values = values if at == values.ndim - 1 else numpy.moveaxis(values, at, -1)
     elif call.axis_name is not None:
         if differ := _compat.varying(values) & {*jax.tree.leaves(call.axis_name)}:
-            what = (
-                f"{name} varies over mesh axis {sorted(differ)} of axis_name, but must"
-            )
-            remedy = "use in_specs that leave that axis out"
-            call.fail(f"{what} describe whole rows on each device; {remedy}.")
+            what = f"{name} varies over mesh axis {sorted(differ)}, but must be global"
+            call.fail(f"{what}; use in_specs that leave that axis out.")
     if not on_device:
         return HostValues(call, x_shape, name, values, layout).checked()
     if name == "cu_seqlens":
