@@ -111,8 +111,4 @@ def _before(call: Call, combine: Any, pairs: Any, reverse: bool, axis: int) -> A
     block = lax.axis_index(call.axis_name) + (1 if reverse else -1)
     block = jnp.clip(block, 0, call.devices - 1)
 
-    def leaf(ends: jax.Array, x: jax.Array) -> jax.Array:
-        end = lax.dynamic_index_in_dim(ends, block, axis)
-        return jnp.broadcast_to(end, x.shape)
-
-    return jax.tree.map(leaf, ends, pairs)
+    return jax.tree.map(lambda x: lax.dynamic_index_in_dim(x, block, axis), ends)

@@ -27,7 +27,6 @@ from jax_revseg._steps import (
     is_at,
     lend,
     select,
-    time_axis,
     zero_padding,
 )
 
@@ -54,37 +53,32 @@ def _prepare(
     reverse: bool,
     chunk: int | None = None,
 ) -> _Loop:
-    """Says what `f` gets at starts and at padding, and puts time in front."""
-    axis, at = layout.axis, time_axis(layout)
-    batch, size = _sizes(xs, layout)
-    rows, steps = range(len(batch)), find_steps(call, segments, size, layout, reverse)
+    """Puts time in front, and says what `f` gets at starts and at padding."""
+    xs = jax.tree.map(lambda x: jnp.moveaxis(x, layout.axis, 0), xs)
+    rows, over = range(len(layout.batch_axes)), range(1, len(layout.batch_axes) + 1)
+    layout = layout._replace(axis=0, batch_axes=tuple(over))
+    _, size = _sizes(xs, layout)
+    steps = find_steps(call, segments, size, layout, reverse)
     grow = chunk if chunk and size % chunk else 0  # More padding, to a multiple.
     if grow and steps.valid is None:
         steps = steps._replace(valid=jnp.ones_like(steps.starts))
     init, carry_in, xs, steps = alike(
-        call,
-        (init, rows),
-        (carry_in, rows),
-        (xs, layout.batch_axes),
-        (steps, [a for a in range(len(batch) + 1) if a != at]),
+        call, (init, rows), (carry_in, rows), (xs, over), (steps, over)
     )
     valid, starts, first = steps
     if layout.kind == "padded":
         starts = None
     carry, padding = init if carry_in is None else carry_in, None
     if starts is not None and carry_in is not None:  # The first segment goes on.
-        starts &= ~is_at(first, starts, at)
+        starts &= ~is_at(first, starts, 0)
     if valid is not None:
-        some = lax.squeeze(first >= 0, [at])
+        some = (first >= 0)[0]
         padding = jax.tree.map(lambda c: lend(c, some, rows), carry)
         if starts is not None and carry_in is None:  # Padding counts as a start.
             init, padding = padding, None
-        step = jax.tree.map(lambda x: first_valid(x, first, layout), xs)
-        first = jax.tree.map(lambda x: lax.squeeze(x, [axis]), step)
+        first = jax.tree.map(lambda x: first_valid(x, steps.first, layout)[0], xs)
         if chunk:  # The gradient saves xs, where `jax.debug_nans` must find no NaN.
             xs = jax.tree.map(lambda x: fill_padding(x, steps, layout), xs)
-    xs = jax.tree.map(lambda x: jnp.moveaxis(x, axis, 0), xs)
-    valid, starts = jax.tree.map(lambda m: jnp.moveaxis(m, at, 0), (valid, starts))
     if grow:
         xs, valid = jax.tree.map(partial(_grow, grow, 0), (xs, valid))
         starts = jax.tree.map(partial(_grow, grow, True), starts)

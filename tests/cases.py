@@ -89,25 +89,27 @@ class Case:
         value = {"zero": 0, "one": min(1, limit), "full": limit}[self.lengths]
         return np.full(shape, value)
 
-    def keywords(self) -> dict[str, Any]:
-        """The axes as the public functions take them."""
-        axes: dict[str, Any] = dict(axis=self.axis, batch_axis=self.batch_axes)
-        if self.layout == "ids":
-            axes["padding_id"] = self.padding_id
-        return axes
+    def types(self, *shardings: Any) -> list[jax.ShapeDtypeStruct]:
+        """Both operands' types, for programs that are compiled and not run."""
+        segments = self.segments()
+        types = (self.shape, self.dtype), (segments.shape, segments.dtype)
+        pairs = zip(types, shardings, strict=True)
+        return [jax.ShapeDtypeStruct(*t, sharding=s) for t, s in pairs]
 
     def call(self, x: Any, segments: Any, **more: Any) -> jax.Array:
         """The public function on these operands."""
-        keywords = self.keywords() | more
+        axes: dict[str, Any] = dict(axis=self.axis, batch_axis=self.batch_axes, **more)
         if self.layout in ("ids", "starts"):  # They lie like x.
             order = np.argsort((*self.batch_axes, self.axis))
             numpy = jnp if isinstance(segments, jax.Array) else np
             segments = numpy.transpose(segments, order)
         if self.layout == "padded":
-            return reverse_sequence(x, segments, **keywords)
+            return reverse_sequence(x, segments, **axes)
+        if self.layout == "ids":
+            axes["padding_id"] = self.padding_id
         names = {"packed": "lengths", "ids": "segment_ids", "offsets": "cu_seqlens"}
-        argument = names.get(self.layout, self.layout)
-        return reverse_segments(x, **{argument: segments}, **keywords)
+        axes[names.get(self.layout, self.layout)] = segments
+        return reverse_segments(x, **axes)
 
     def expected(
         self, x: np.ndarray, segments: np.ndarray, padding_value: Any = None
@@ -118,15 +120,9 @@ class Case:
             layout, segments = "packed", np.diff(segments.astype(object))
         elif layout == "starts":
             layout, segments = "ids", 1 + segments.cumsum(-1)
-        return _reference.reverse(
-            x,
-            segments,
-            axis=self.axis,
-            batch_axes=self.batch_axes,
-            layout=layout,
-            padding_id=self.padding_id,
-            padding_value=padding_value,
-        )
+        axes = dict(axis=self.axis, batch_axes=self.batch_axes)
+        more = dict(padding_id=self.padding_id, padding_value=padding_value)
+        return _reference.reverse(x, segments, layout=layout, **axes, **more)
 
 
 def random_bits(
@@ -177,6 +173,11 @@ def assert_same_bits(actual: Any, expected: Any, message: str = "") -> None:
     np.testing.assert_array_equal(bits(actual), bits(expected), message)
 
 
+def pullback(f: Any) -> Any:
+    """The backward pass of `f(x, segments)`, for `x` as the cotangent."""
+    return lambda x, s: jax.vjp(lambda x: f(x, s), x)[1](x)[0]
+
+
 def enable_x64() -> Any:
     """A context in which 64-bit types are on."""
     if hasattr(jax, "enable_x64"):  # From JAX 0.8 on this is the only way.
@@ -214,8 +215,6 @@ _AXES: tuple[tuple[tuple[int, ...], int, tuple[int, ...]], ...] = (
     ((2, 3, 7), 2, (1, 0)),
     ((7, 2, 3), 0, (2,)),
     ((2, 7, 3, 2), 1, (3, 0)),
-    ((2, 3, 2, 7, 2), 3, (0, 1, 2)),
-    ((2, 1, 7, 2, 1, 3), 2, (5, 0)),
     ((2, 1, 2, 1, 2, 7, 2), 5, (6, 4, 2, 0)),
     ((1, 2, 1, 2, 6, 1, 2, 3), 4, (7, 0, 3)),
     ((0, 7, 2), 1, (0,)),  # Nothing in an axis: of the batch,

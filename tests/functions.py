@@ -38,24 +38,21 @@ def sums(x):
     return jax.lax.cumsum(x, 1)
 
 
-add = jax.jit(jnp.add)
 stack = jax.jit(lambda a, b: jnp.stack([a, b], -1))
+both_sums = partial(bidirectional, sums, sums, merge=stack)
+sums_of = partial(associative_scan_segments, jax.jit(jnp.add))
 
 REVERSALS = {
     "lengths": lambda x, o: reverse_sequence(x, o["n"]),
     "lengths value": lambda x, o: reverse_sequence(x, o["n"], padding_value=2),
-    "lengths value on device": lambda x, o: reverse_sequence(
-        x, o["n"], padding_value=o["value"]
-    ),
+    "value on device": lambda x, o: reverse_sequence(x, o["n"], padding_value=o["one"]),
     "packed": lambda x, o: reverse_segments(x, o["k"]),
     "ids": lambda x, o: reverse_segments(x, segment_ids=o["ids"], padding_id=0),
     "offsets": lambda x, o: reverse_segments(x, cu_seqlens=o["offsets"]),
     "starts": lambda x, o: reverse_segments(x, starts=o["starts"]),
     "order": lambda x, o: reverse_segment_order(x, o["k"]),
-    "bidirectional": lambda x, o: bidirectional(sums, sums, x, o["n"], merge=stack),
-    "bidirectional mask": lambda x, o: bidirectional(
-        sums, sums, x, mask=o["mask"], merge=stack
-    ),
+    "bidirectional": lambda x, o: both_sums(x, o["n"]),
+    "bidirectional mask": lambda x, o: both_sums(x, mask=o["mask"]),
 }
 PACKING = {
     "pack": lambda x, o: pack_segments(x, o["few"], max_length=3),
@@ -74,13 +71,11 @@ SCANS = {
     ),
     "scan mask": lambda x, o: scan_segments(step, o["init"], x, mask=o["mask"]),
     "both": lambda x, o: bidirectional_scan(
-        scaled, (o["weight"],) * 2, (o["init"],) * 2, x, o["n"]
+        scaled, (o["one"],) * 2, (o["init"],) * 2, x, o["n"]
     ),
-    "associative": lambda x, o: associative_scan_segments(
-        add, x, segment_ids=o["ids"], padding_id=0
-    ),
-    "associative starts": lambda x, o: associative_scan_segments(
-        add, x, starts=o["starts"], carry_in=o["carry"], reverse=True
+    "associative": lambda x, o: sums_of(x, segment_ids=o["ids"], padding_id=0),
+    "associative starts": lambda x, o: sums_of(
+        x, starts=o["starts"], carry_in=o["carry"], reverse=True
     ),
 }
 FUNCTIONS = REVERSALS | PACKING | SCANS
@@ -102,10 +97,9 @@ def operands(n=4, t=6, dtype=np.float32, index=np.int32):
         "offsets": np.concatenate([k[:, :1] * 0, k.cumsum(1)], 1),
     }
     others = {name: array.astype(index) for name, array in others.items()}
-    zero, one = np.zeros(n, dtype), np.ones((), dtype)
     others |= {"mask": ids > 0, "starts": (ids + np.arange(t)) % 3 == 1}
-    carry = {"init": zero, "carry": zero + 1}
-    return x, {**others, **carry, "value": one, "weight": one}
+    init, one = np.zeros(n, dtype), np.ones((), dtype)
+    return x, {**others, "init": init, "carry": init + 1, "one": one}
 
 
 def values(f, x, others):

@@ -31,6 +31,19 @@ def mesh(kinds: str = "auto auto") -> Mesh:
     return jax.make_mesh(tuple(SIZES.values()), tuple(SIZES), axis_types=kind)
 
 
+def calls(xs, segments, **more):
+    """All cases in one program: compiling takes the time."""
+    return [
+        case.call(x, s, **more) for case, x, s in zip(CASES, xs, segments, strict=True)
+    ]
+
+
+def with_gradients(f, xs, segments, cts):
+    """The values of `f(xs, segments)`, and the gradients for these cotangents."""
+    ys, vjp = jax.vjp(lambda xs: f(xs, segments), xs)
+    return ys, *vjp(cts)
+
+
 def put(mesh: Mesh, x, *spec) -> jax.Array:
     return jax.device_put(x, NamedSharding(mesh, P(*spec)))
 
@@ -46,16 +59,17 @@ def block(shape: tuple[int, ...], spec: P, at: dict[str, int]) -> tuple[slice, .
     return tuple(index)
 
 
-def by_hand(case: Case, x, segments, ct, x_spec: P, spec: P, out_spec: P):
+def by_hand(case: Case, x, segments, ct, x_spec: P, spec: P, out_spec: P, value=None):
     """Values, and the gradient for the cotangent, device by device."""
+    zero = None if value is None else 0  # Padding that `value` fills has no gradient.
     y, x_bar, seen = np.zeros_like(ct), np.zeros_like(x), set()
     for a, b in np.ndindex(*SIZES.values()):
         at = {"a": a, "b": b}
         i, j = block(x.shape, x_spec, at), block(segments.shape, spec, at)
         k = block(ct.shape, out_spec, at)
-        y[k] = case.expected(x[i], segments[j])
+        y[k] = case.expected(x[i], segments[j], value)
         if str((i, j, k)) not in seen:  # Devices that hold all the same are one.
-            x_bar[i] += case.expected(ct[k], segments[j])
+            x_bar[i] += case.expected(ct[k], segments[j], zero)
         seen.add(str((i, j, k)))
     return y, x_bar
 
@@ -76,9 +90,3 @@ def bytes_received(compiled: jax.stages.Compiled) -> list[tuple[str, int]]:
             total += bits // 8 * int(np.prod([int(n) for n in sizes.split(",") if n]))
         found.append((name, total))
     return found
-
-
-def collectives(f, *operands, **jit) -> list[str]:
-    """The collective operations of the compiled program, each by its name."""
-    compiled = jax.jit(f, **jit).lower(*operands).compile()
-    return [name for name, _ in bytes_received(compiled)]

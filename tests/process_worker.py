@@ -68,37 +68,32 @@ def check_rows():
 
 def check_steps():
     """A segment axis over both processes: exchanged for rows, and scanned in blocks."""
-    case, mesh, blocks = (
-        Case("steps", (4, 16, 3), layout="ids"),
-        make_mesh(),
-        P(None, "a"),
-    )
-    call = partial(case.call, axis_name="a")
-    call = jax.shard_map(call, mesh=mesh, in_specs=(blocks,) * 2, out_specs=blocks)
-    x, ct = np.random.default_rng(0).normal(size=(2, *case.shape)).astype(np.float32)
-    operands = x, case.segments(), ct
-    y, x_bar = value_and_gradient(call, mesh, operands, (blocks,) * 3)
-    check(y, case.expected(x, case.segments()))
-    check(x_bar, case.expected(ct, case.segments()))
+    case, mesh = Case("steps", (4, 16, 3), layout="ids"), make_mesh()
+    ids, blocks = case.segments(), P(None, "a")
+    numbers = np.random.default_rng(0).integers(-9, 10, (2, *case.shape))
+    x, ct = numbers.astype(np.float32)  # Whole numbers: no rounding.
 
-    def sums(x, ids):
-        scan = associative_scan_segments
-        return scan(jnp.add, x, segment_ids=ids, axis_name="a")
+    def both(call, expected):
+        local = partial(call, axis_name="a")
+        call = jax.shard_map(local, mesh=mesh, in_specs=(blocks,) * 2, out_specs=blocks)
+        y, x_bar = value_and_gradient(call, mesh, (x, ids, ct), (blocks,) * 3)
+        check(y, expected(x, 1))
+        check(x_bar, expected(ct, -1))
 
-    def expected(x, way):
+    def sums(x, ids, axis_name):
+        scan = partial(associative_scan_segments, jnp.add, axis_name=axis_name)
+        return scan(x, segment_ids=ids)
+
+    def expected_sums(x, way):
         """Sums of each segment, from its start or from its end."""
         out = x.copy()
-        for row, ids in zip(out, case.segments(), strict=True):
-            for start, end in _reference.id_bounds(ids, None):
+        for row, row_ids in zip(out, ids, strict=True):
+            for start, end in _reference.id_bounds(row_ids, None):
                 row[start:end][::way] = row[start:end][::way].cumsum(0)
         return out
 
-    sums = jax.shard_map(sums, mesh=mesh, in_specs=(blocks,) * 2, out_specs=blocks)
-    x, ct = np.round(9 * x), np.round(9 * ct)  # Whole numbers: no rounding.
-    operands = x, case.segments(), ct
-    y, x_bar = value_and_gradient(sums, mesh, operands, (blocks,) * 3)
-    check(y, expected(x, 1))
-    check(x_bar, expected(ct, -1))
+    both(case.call, lambda x, way: case.expected(x, ids))
+    both(sums, expected_sums)
 
 
 def main(address, number):

@@ -11,35 +11,18 @@ import numpy as np
 
 from jax_revseg import _reference
 
+
+def table(*rows):
+    return np.array([[int(digit) for digit in row] for row in rows])
+
+
 N, T = 4, 7
 LENGTHS = np.array([7, 0, 3, 1])
-IDS = np.array(
-    [
-        [5, 5, 5, 2, 2, 5, 5],
-        [0, 0, 0, 0, 0, 0, 0],
-        [0, 1, 1, 0, 1, 1, 0],
-        [3, 0, 0, 3, 0, 0, 0],
-    ]
-)
-OFFSETS = np.array([[0, 2, 2, 5], [0, 0, 0, 0], [0, 7, 7, 7], [0, 0, 2, 4]])
-STARTS = np.array(  # The first step of a row starts a segment without a mark, too.
-    [
-        [0, 0, 1, 0, 0, 1, 0],
-        [1, 0, 0, 0, 0, 0, 0],
-        [0, 0, 0, 0, 0, 0, 0],
-        [1, 1, 1, 0, 0, 0, 1],
-    ],
-    bool,
-)
-MASK = np.array(
-    [
-        [1, 1, 0, 0, 1, 0, 1],
-        [0, 0, 0, 0, 0, 0, 0],
-        [0, 0, 1, 1, 1, 1, 1],
-        [1, 1, 1, 1, 1, 1, 1],
-    ],
-    bool,
-)
+IDS = table("5552255", "0000000", "0110110", "3003000")
+OFFSETS = table("0225", "0000", "0777", "0024")
+# The first step of a row starts a segment without a mark, too.
+STARTS = table("0010010", "1000000", "0000000", "1110001") > 0
+MASK = table("1100101", "0000000", "0011111", "1111111") > 0
 ENCODINGS = {
     "lengths": dict(lengths=LENGTHS),
     "ids": dict(segment_ids=IDS),
@@ -49,21 +32,29 @@ ENCODINGS = {
     "mask": dict(mask=MASK),
 }
 PACKED = {k: v for k, v in ENCODINGS.items() if k != "mask"}  # An associative scan's.
+LONGER = {  # By a step, so that 2, 4 and 8 devices have blocks of one size.
+    name: {
+        k: np.concatenate([v, v[:, -1:]], 1) if k in ("segment_ids", "starts") else v
+        for k, v in encoding.items()
+    }
+    for name, encoding in PACKED.items()
+}
 
 
-def traced(encoding):
-    """The part of an encoding that may be traced. `padding_id` is static."""
-    return {k: v for k, v in encoding.items() if k != "padding_id"}
+def split(encoding):
+    """An encoding's name, its array, which may be traced, and what is static."""
+    (key, segments), *static = encoding.items()
+    return key, segments, dict(static)
 
 
-TRACED = {name: traced(encoding) for name, encoding in ENCODINGS.items()}
+TRACED = {name: dict([split(e)[:2]]) for name, e in ENCODINGS.items()}
 
 
 def segments_of_row(n, size=T, *, lengths=None, segment_ids=None, cu_seqlens=None,
                     starts=None, mask=None, padding_id=None):  # fmt: skip
     """For each segment of a row that is not empty, its steps."""
     if mask is not None:
-        bounds, steps = [(0, size)], np.flatnonzero(mask[n]).tolist()
+        steps = np.flatnonzero(mask[n]).tolist()
         return [steps] if steps else []
     if lengths is not None:
         bounds = [(0, lengths[n])]
@@ -97,8 +88,8 @@ def row_of(tree, n):
 concatenate = partial(jax.tree.map, lambda *leaves: jnp.concatenate(leaves))
 
 
-def scan_by_hand(f, init, xs, carry_in=None, reverse=False, **encoding):
-    """`scan_segments`, in which `f` sees valid steps alone, in batches of one row."""
+def loop_by_hand(f, init, xs, carry_in=None, reverse=False, **encoding):
+    """The last carry of each row, and all outputs, with zeros at padding."""
     carries, ys = [], []
     rows, size = jax.tree.leaves(xs)[0].shape[:2]
     for n in range(rows):
@@ -115,25 +106,33 @@ def scan_by_hand(f, init, xs, carry_in=None, reverse=False, **encoding):
     zero = jax.tree.map(jnp.zeros_like, some)
     stack = partial(jax.tree.map, lambda *y: jnp.stack(y, 1))
     stacked = [stack(*(row.get(t, zero) for t in range(size))) for row in ys]
-    return concatenate(*carries), concatenate(*stacked)
+    return carries, concatenate(*stacked)
 
 
-def combine_by_hand(fn, elems, carry_in=None, reverse=False, **encoding):
-    """`associative_scan_segments`, with zeros at padding."""
-    stacked = []
-    rows, size = jax.tree.leaves(elems)[0].shape[:2]
-    zero = jax.tree.map(jnp.zeros_like, step_of(elems, 0, 0))
-    for n in range(rows):
-        row = [zero] * size
-        segments = segments_of_row(n, size, **encoding)
-        total = None if carry_in is None else row_of(carry_in, n)
-        for steps in segments[::-1] if reverse else segments:
-            for t in steps[::-1] if reverse else steps:
-                x = step_of(elems, n, t)
-                total = row[t] = x if total is None else fn(total, x)
-            total = None
-        stacked.append(jax.tree.map(lambda *leaves: jnp.stack(leaves, 1), *row))
-    return concatenate(*stacked)
+def scan_by_hand(f, init, xs, *carry_in, **how):
+    """`scan_segments`, in which `f` sees valid steps alone, in batches of one row."""
+    carries, ys = loop_by_hand(f, init, xs, *carry_in, **how)
+    return concatenate(*carries), ys
+
+
+def combine_by_hand(fn, elems, *carry_in, **how):
+    """`associative_scan_segments`."""
+
+    def step(total, x):
+        return (x if total is None else fn(total, x),) * 2
+
+    return loop_by_hand(step, None, elems, *carry_in, **how)[1]
+
+
+@jax.jit
+def join(a, b):
+    """Of numbers and their powers of ten: exact, and different for every order."""
+    return a[0] * b[1] + b[0], a[1] * b[1]
+
+
+def digits(rows, size):
+    draw = np.random.default_rng(2).integers(1, 10, (rows, size)).astype(np.int32)
+    return draw, np.full_like(draw, 10)
 
 
 def weighted(*trees):
@@ -144,13 +143,23 @@ def weighted(*trees):
     )
 
 
+def gradients(f, *operands):
+    """Of the weighted results with respect to all operands; and the results."""
+
+    def loss(operands):
+        out = f(*operands)
+        return weighted(out), out
+
+    return jax.grad(loss, has_aux=True)(operands)
+
+
 def close(actual, desired, rtol=2e-5, atol=1e-6):
     same = jax.tree.structure(actual) == jax.tree.structure(desired)
     assert same, (actual, desired)
     leaves = jax.tree_util.tree_leaves_with_path(actual)
     for (path, a), b in zip(leaves, jax.tree.leaves(desired), strict=True):
-        assert a.dtype == b.dtype, jax.tree_util.keystr(path)
         name = jax.tree_util.keystr(path)
+        assert a.dtype == b.dtype, name
         np.testing.assert_allclose(a, b, rtol=rtol, atol=atol, err_msg=name)
 
 

@@ -5,6 +5,7 @@ functions: what it does to x, and what its transpose does to a cotangent. Each l
 a stack turns such a pair into the next one, beside the JAX function that it tests.
 """
 
+import functools
 import os
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -21,7 +22,7 @@ from tests.cases import DTYPES, LAYOUTS, WIDE, Case, bit_width, random_bits
 
 _COMMON = dict(deadline=None, suppress_health_check=list(HealthCheck))
 # The same examples each time, so that a change is to blame for what fails.
-settings.register_profile("normal", max_examples=40, derandomize=True, **_COMMON)
+settings.register_profile("normal", max_examples=20, derandomize=True, **_COMMON)
 settings.register_profile("fuzz", max_examples=20_000, print_blob=True, **_COMMON)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "normal"))
 
@@ -56,17 +57,14 @@ def segments_shape(case: Case) -> tuple[int, ...]:
 
 def segments(case: Case, shape: tuple[int, ...]) -> st.SearchStrategy[np.ndarray]:
     """Few ids, or lengths near the size of the axis and at their dtype's limits."""
-    info = np.iinfo(case.lengths_dtype)
     if case.layout == "starts":
         return hnp.arrays(bool, shape)
     if case.layout == "ids":
-        elements = st.integers(0, 2)
-    else:
-        elements = st.integers(max(-2, info.min), case.size + 2) | st.just(
-            int(info.max)
-        )
-        if case.layout != "offsets":  # Whose difference to the largest one would wrap.
-            elements |= st.just(int(info.min))
+        return hnp.arrays(case.lengths_dtype, shape, elements=st.integers(0, 2))
+    info = np.iinfo(case.lengths_dtype)
+    elements = st.integers(max(-2, info.min), case.size + 2) | st.just(int(info.max))
+    if case.layout != "offsets":  # Whose difference to the largest one would wrap.
+        elements |= st.just(int(info.min))
     return hnp.arrays(case.lengths_dtype, shape, elements=elements)
 
 
@@ -109,15 +107,9 @@ def insert(shape: tuple[int, ...], size: int, axis: int | None) -> tuple[int, ..
     return (*shape[:axis], size, *shape[axis:])
 
 
-def mapped(
-    f: Linear,
-    call: Callable,
-    size: int,
-    x_axis: int | None,
-    s_axis: int | None,
-    out: int,
-) -> Linear:
+def mapped(f: Linear, call: Callable, size: int, axes: tuple) -> Linear:
     """What any way to map `f` over a new axis must do: a loop and a stack."""
+    x_axis, s_axis, out = axes
 
     def forward(x, s):
         rows = [f.forward(take(x, i, x_axis), take(s, i, s_axis)) for i in range(size)]
@@ -127,15 +119,14 @@ def mapped(
         rows = [f.transpose(take(ct, i, out), take(s, i, s_axis)) for i in range(size)]
         return np.sum(rows, 0) if x_axis is None else np.stack(rows, x_axis)
 
-    return Linear(
-        call,
-        forward,
-        transpose,
-        f.dtype,
-        insert(f.x_shape, size, x_axis),
-        insert(f.y_shape, size, out),
-        insert(f.segments_shape, size, s_axis),
-        f.transposes,
+    return replace(
+        f,
+        call=call,
+        forward=forward,
+        transpose=transpose,
+        x_shape=insert(f.x_shape, size, x_axis),
+        y_shape=insert(f.y_shape, size, out),
+        segments_shape=insert(f.segments_shape, size, s_axis),
     )
 
 
@@ -148,7 +139,7 @@ def vmap(draw: st.DrawFn, f: Linear, sums: bool) -> Linear:
     s_axis = None if which == "x" else axis(len(f.segments_shape))
     out = axis(len(f.y_shape))
     call = jax.vmap(f.call, (x_axis, s_axis), out)
-    return mapped(f, call, draw(st.integers(1, 3)), x_axis, s_axis, out)
+    return mapped(f, call, draw(st.integers(1, 3)), (x_axis, s_axis, out))
 
 
 def scan_over(draw: st.DrawFn, f: Linear, sums: bool) -> Linear:
@@ -161,7 +152,7 @@ def scan_over(draw: st.DrawFn, f: Linear, sums: bool) -> Linear:
         rows = {"x": x} if s_axis is None else {"s": s}
         return lax.scan(step, 0, rows | ({} if x_axis is None else {"x": x}))[1]
 
-    return mapped(f, call, draw(st.integers(1, 3)), x_axis, s_axis, 0)
+    return mapped(f, call, draw(st.integers(1, 3)), (x_axis, s_axis, 0))
 
 
 def scan_carry(draw: st.DrawFn, f: Linear, sums: bool) -> Linear:
@@ -173,12 +164,7 @@ def scan_carry(draw: st.DrawFn, f: Linear, sums: bool) -> Linear:
         return lax.scan(lambda x, _: (f.call(x, s), None), x, length=times)[0]
 
     def repeat(once):
-        def many(x, s):
-            for _ in range(times):
-                x = once(x, s)
-            return x
-
-        return many
+        return lambda x, s: functools.reduce(lambda x, _: once(x, s), range(times), x)
 
     return replace(
         f, call=call, forward=repeat(f.forward), transpose=repeat(f.transpose)
@@ -187,15 +173,13 @@ def scan_carry(draw: st.DrawFn, f: Linear, sums: bool) -> Linear:
 
 def gradient(draw: st.DrawFn, f: Linear, sums: bool) -> Linear:
     x = jax.ShapeDtypeStruct(f.x_shape, f.dtype)
-    if f.transposes and draw(st.booleans()):
+    alone = f.transposes and draw(st.booleans())
 
-        def call(ct, s):
+    def call(ct, s):
+        if alone:
             return jax.linear_transpose(lambda x: f.call(x, s), x)(ct)[0]
-    else:
-
-        def call(ct, s):
-            primal = jnp.ones(x.shape, x.dtype)
-            return jax.vjp(lambda x: f.call(x, s), primal)[1](ct)[0]
+        primal = jnp.ones(x.shape, x.dtype)
+        return jax.vjp(lambda x: f.call(x, s), primal)[1](ct)[0]
 
     return replace(
         f,
@@ -208,11 +192,13 @@ def gradient(draw: st.DrawFn, f: Linear, sums: bool) -> Linear:
 
 
 def tangent(draw: st.DrawFn, f: Linear, sums: bool) -> Linear:
-    if draw(st.booleans()):
-        return replace(
-            f, call=lambda x, s: jax.jvp(lambda x: f.call(x, s), (x,), (x,))[1]
-        )
-    return replace(f, call=lambda x, s: jax.linearize(lambda x: f.call(x, s), x)[1](x))
+    def jvp(x, s):
+        return jax.jvp(lambda x: f.call(x, s), (x,), (x,))[1]
+
+    def linearize(x, s):
+        return jax.linearize(lambda x: f.call(x, s), x)[1](x)
+
+    return replace(f, call=draw(st.sampled_from((jvp, linearize))))
 
 
 def cond(draw: st.DrawFn, f: Linear, sums: bool) -> Linear:
@@ -224,15 +210,12 @@ def cond(draw: st.DrawFn, f: Linear, sums: bool) -> Linear:
     return replace(f, call=call, transposes=False)
 
 
-def jit(draw: st.DrawFn, f: Linear, sums: bool) -> Linear:
-    return replace(f, call=jax.jit(f.call))
+def wrap(draw: st.DrawFn, f: Linear, sums: bool) -> Linear:
+    wrapper = draw(st.sampled_from((jax.jit, jax.checkpoint)))
+    return replace(f, call=wrapper(f.call))
 
 
-def remat(draw: st.DrawFn, f: Linear, sums: bool) -> Linear:
-    return replace(f, call=jax.checkpoint(f.call))
-
-
-ANY_DTYPE = (jit, vmap, remat, scan_over, scan_carry, cond)
+ANY_DTYPE = (wrap, vmap, scan_over, scan_carry, cond)
 INEXACT = (*ANY_DTYPE, gradient, tangent)
 
 
@@ -246,11 +229,9 @@ def stacks(draw: st.DrawFn) -> tuple[Linear, np.ndarray, np.ndarray, str]:
     zero = None if case.dtype == "float8_e8m0fnu" else 0  # That has no zero.
     f = base(case, draw(st.sampled_from((None, zero))))
     layers = INEXACT if inexact else ANY_DTYPE
-    if (
-        bit_width(case.dtype) < 8
-    ):  # On JAX 0.7.2 cond loses half of an int4's transpose.
-        layers = tuple(layer for layer in layers if layer is not cond)
-    # Drawn with `st.lists`, most stacks would be empty, or jit alone.
+    # On JAX 0.7.2 cond loses half of an int4's transpose.
+    layers = [f for f in layers if f is not cond or bit_width(case.dtype) >= 8]
+    # Drawn with `st.lists`, most stacks would be empty, or one layer alone.
     layers = draw(st.permutations(layers * 2))[: draw(st.integers(2, 4))]
     for layer in layers:
         f = layer(draw, f, sums)

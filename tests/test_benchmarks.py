@@ -58,11 +58,9 @@ def test_wrong_answer_is_not_timed():
     assert row["absent"] == {"peer": "its forward computes something else"}
     assert "wrong" not in {t["name"] for t in row["times"]}
     outputs = [np.ones((2, 3)), np.zeros((2, 3))]
+    both = [Contender(str(out[0]), lambda n, out=out: out) for out in outputs]
     with pytest.raises(AssertionError, match="something else"):
-        recurrences.check_alike(
-            [Contender(str(out[0]), lambda n, out=out: out) for out in outputs],
-            np.ones((2, 3)),
-        )
+        recurrences.check_alike(both, np.ones((2, 3)))
 
 
 def test_ratio_has_the_base_with_the_same_output():
@@ -108,10 +106,8 @@ def test_results_of_several_runs_are_kept(tmp_path):
         results.at = at
         results.add(name, {"noise": 0.0})
     data = json.loads(path.read_text())
-    assert {k: row["run"] for k, row in data["rows"].items()} == {
-        "first": "then",
-        "second": "later",
-    }
+    kept = {name: row["run"] for name, row in data["rows"].items()}
+    assert kept == {"first": "then", "second": "later"}
     assert set(data["runs"]) == {"then", "later"}
 
 

@@ -20,16 +20,10 @@ DOCS = ROOT / "docs"
 PAGES = [ROOT / "README.md", *sorted(DOCS.glob("*.md"))]
 TEXTS = sorted({*PAGES, *ROOT.glob("*.md")})
 PEERS = {
-    "migration.md": (
-        "tensorflow",
-        "keras",
-        "onnxruntime",
-        "jax2onnx",
-        "torch",
-        "flax",
-    ),
-    "rnn.md": ("flax", "equinox", "haiku", "torch", "tensorflow", "keras"),
+    "migration.md": "tensorflow keras onnxruntime jax2onnx torch flax".split(),
+    "rnn.md": "flax equinox haiku torch tensorflow keras".split(),
 }
+PUBLIC = sorted({*jax_revseg.__all__} - {"reverse_segments_p"})
 FENCE = re.compile(r"^ *(?:```|:::)(\S*)", re.MULTILINE)
 
 
@@ -39,40 +33,36 @@ def links(markdown):
     return re.findall(r"\]\((?!https?://)([^)]+)\)", prose)
 
 
-def run(sybil, path, at_least):
-    examples = list(sybil.parse(path))
-    assert len(examples) >= at_least, f"{path} has {len(examples)} examples"
+def run(path, parser, **kinds):
+    """Runs the examples of a file, and returns their number."""
+    examples = list(Sybil([parser], **kinds).parse(path))
     for example in examples:
         example.evaluate()
+    return len(examples)
+
+
+def marked(page):
+    mark = pytest.mark.peers if page.name in PEERS else pytest.mark.docs
+    return pytest.param(page, id=page.name, marks=mark)
 
 
 @pytest.mark.parametrize(
-    "page",
-    [
-        pytest.param(
-            page,
-            id=page.name,
-            marks=pytest.mark.peers if page.name in PEERS else pytest.mark.docs,
-        )
-        for page in PAGES
-        if "```python" in page.read_text()
-    ],
+    "page", [marked(page) for page in PAGES if "```python" in page.read_text()]
 )
 @pytest.mark.filterwarnings("ignore:'.value' access:DeprecationWarning")  # jax2onnx's.
 def test_page(page):
     """Each block of Python gives what the page says that it gives."""
     for module in PEERS.get(page.name, ()):
         pytest.importorskip(module)
-    blocks = page.read_text().count("```python")
     parser = PythonCodeBlockParser(doctest_optionflags=doctest.ELLIPSIS)
-    run(Sybil([parser]), page, at_least=blocks)
+    assert run(page, parser) >= page.read_text().count("```python")
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
-def test_no_block_escapes(page):
+def test_no_block_escapes():
     """A block in another language would never be run."""
-    opened = FENCE.findall(page.read_text())[::2]
-    assert set(opened) <= {"python", "text", "bash", "{toctree}"}
+    for page in PAGES:
+        opened = {*FENCE.findall(page.read_text())[::2]}
+        assert opened <= {"python", "text", "bash", "{toctree}"}, page
 
 
 def test_pictures_are_up_to_date(monkeypatch):
@@ -87,10 +77,9 @@ def test_pictures_are_up_to_date(monkeypatch):
         assert same, f"docs/images/{name} is out of date: run `make pictures`"
 
 
-@pytest.mark.parametrize("page", TEXTS, ids=lambda page: page.name)
-def test_links_stay_in_the_repository(page):
+def test_links_stay_in_the_repository():
     """A link to a file that is not committed, or to a heading that is not there."""
-    for target in links(page.read_text()):
+    for page, target in [(p, link) for p in TEXTS for link in links(p.read_text())]:
         path, _, heading = target.partition("#")
         file = (page.parent / path).resolve() if path else page
         assert file.exists() and "_build" not in file.parts, target
@@ -118,14 +107,6 @@ def test_the_address_stands_in_one_place():
         assert not address.search(page.read_text()), page
 
 
-def test_api_lists_every_function():
-    """A reader of the Markdown sees the first line of each docstring."""
-    table = (DOCS / "api.md").read_text()
-    listed = dict(re.findall(r"\| `(\w+).*?` \| (.*) \|", table))
-    for name in {*jax_revseg.__all__} - {"reverse_segments_p"}:
-        assert listed[name] == inspect.getdoc(getattr(jax_revseg, name)).split("\n")[0]
-
-
 def test_the_map_of_the_code_is_true():
     """A file that the map lacks, or one that imports a file above it."""
     text = (ROOT / "CONTRIBUTING.md").read_text()
@@ -134,9 +115,7 @@ def test_the_map_of_the_code_is_true():
         source = (ROOT / "jax_revseg" / f"{name}.py").read_text()
         used = set(re.findall(r"(?:from jax_revseg\.| import )(_[a-z]\w*)", source))
         assert not used & set(order[:number]), name
-    aside = {
-        name for name in ("_reference", "__main__", "onnx") if f"`{name}.py`" in text
-    }
+    aside = {n for n in ("_reference", "__main__", "onnx") if f"`{n}.py`" in text}
     assert {path.stem for path in ROOT.glob("jax_revseg/*.py")} <= {*order} | aside
 
 
@@ -153,24 +132,19 @@ def test_make_targets_exist():
     "path", sorted((ROOT / "jax_revseg").glob("*.py")), ids=lambda path: path.name
 )
 def test_docstrings(path):
-    run(
-        Sybil([DocTestParser()], document_types={".py": PythonDocStringDocument}),
-        path,
-        at_least=0,
-    )
+    run(path, DocTestParser(), document_types={".py": PythonDocStringDocument})
 
 
 # The primitive is an instance of JAX's class: the module's docstring speaks of it.
-@pytest.mark.parametrize("name", sorted({*jax_revseg.__all__} - {"reverse_segments_p"}))
+@pytest.mark.parametrize("name", PUBLIC)
 def test_every_public_docstring(name):
-    """What an editor or `help` shows has arguments, result, padding, and an example."""
-    public = getattr(jax_revseg, name)
+    """What an editor or `help` shows has arguments, result, padding, and an example;
+    the page of the interface and `help(jax_revseg)` name every function."""
+    text = inspect.getdoc(getattr(jax_revseg, name))
     for part in ("Args:", "Returns:", "Example", ">>> "):
-        assert part in public.__doc__, f"{name}: {part}"
-    assert "padding" in public.__doc__ or "segment" in public.__doc__
-
-
-def test_help_reads_like_a_page():
-    """`help(jax_revseg)` names every public function."""
-    for name in jax_revseg.__all__:
-        assert name in (jax_revseg.__doc__ or ""), name
+        assert part in text
+    assert "padding" in text or "segment" in text
+    table = (DOCS / "api.md").read_text()
+    listed = dict(re.findall(r"\| `(\w+).*?` \| (.*) \|", table))
+    assert listed[name] == text.split("\n")[0]
+    assert name in jax_revseg.__doc__

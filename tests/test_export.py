@@ -31,12 +31,12 @@ FIXTURE = pathlib.Path(__file__).parent / "fixtures" / "exported-by-jax-0.7.2.bi
 # with, and the running sum of packed lengths where their number is not known.
 SHAPES = {"shape_assertion"}
 SUMS = {"shape_assertion", "stablehlo.dynamic_reduce_window"}
-SEGMENTS = {
-    "padded": ("b", SHAPES),
-    "packed": ("b, k", SUMS),
-    "ids": ("b, t", SHAPES),
-    "offsets": ("b, k + 1", SUMS),
-    "starts": ("b, t", SHAPES),
+SEGMENTS = {  # Their shape; and repeats, so that 7 steps are 280: several words.
+    "padded": ("b", SHAPES, (1, 0)),
+    "packed": ("b, k", SUMS, (1, 0)),
+    "ids": ("b, t", SHAPES, (40, 1)),
+    "offsets": ("b, k + 1", SUMS, (1, 0)),
+    "starts": ("b, t", SHAPES, (40, 1)),
 }
 
 
@@ -58,32 +58,31 @@ def custom_calls(artifact):
 @pytest.mark.parametrize("case", SMALL, ids=lambda case: case.layout)
 def test_every_size_symbolic(case):
     """Fails on a size baked in, a call that another platform lacks, no gradient."""
-    segments, calls = SEGMENTS[case.layout]
-    dtype = case.segments().dtype
-    artifact = exported(case.call, "b, t, d", segments, dtype=dtype)
+    segments, calls, repeats = SEGMENTS[case.layout]
+    x, s = case.x(), case.segments()
+    artifact = exported(case.call, "b, t, d", segments, dtype=s.dtype)
     assert artifact.platforms == PLATFORMS
     assert custom_calls(artifact) == custom_calls(artifact.vjp()) == calls
     twice = case.layout in ("padded", "packed")  # The others have the same rules.
     loaded = export.deserialize(artifact.serialize(vjp_order=1 + twice))
-    for x, s in (
-        (case.x(), case.segments()),
-        (case.x()[:2].repeat(3, 2), case.segments()[:2]),
-        (case.x().repeat(40, 1), case.segments().repeat(*REPEATS[case.layout])),
-    ):
-        y, vjp = jax.vjp(lambda x: loaded.call(x, s), x)  # noqa: B023
+
+    @jax.jit
+    def both(x, s):
+        y, vjp = jax.vjp(lambda x: loaded.call(x, s), x)
+        return y, vjp(x)[0]
+
+    small = x, s
+    large = x[:2].repeat(40, 1).repeat(3, 2), s[:2].repeat(*repeats)
+    for x, s in (small, large):
+        y, x_bar = both(x, s)
         assert_same_bits(y, case.expected(x, s))
-        assert_same_bits(vjp(x)[0], y)
+        assert_same_bits(x_bar, y)
 
     if twice:
         x = np.arange(x.size, dtype=np.float32).reshape(x.shape) / 8
         energy = jax.grad(lambda x: (loaded.call(x, s) ** 3).sum())
-        directional = jax.grad(lambda x: energy(x).sum())
+        directional = jax.jit(jax.grad(lambda x: energy(x).sum()))
         np.testing.assert_allclose(directional(x), 6 * x, rtol=1e-6)
-
-
-# More steps, or more segments of them: T is then 280, past one word of 32 positions.
-REPEATS = {"padded": (1, 0), "packed": (1, 0), "ids": (40, 1), "offsets": (1, 0)}
-REPEATS["starts"] = (40, 1)
 
 
 @pytest.mark.parametrize("case", SMALL[:3], ids=lambda case: case.layout)
@@ -97,7 +96,7 @@ def test_known_sizes_need_no_custom_call(case):
 @pytest.mark.parametrize("case", SMALL[:3], ids=lambda case: case.layout)
 def test_padding_value(case):
     """Fails if the mask is wrong for a symbolic size or for lengths out of range."""
-    segments, calls = SEGMENTS[case.layout]
+    segments, calls, _ = SEGMENTS[case.layout]
     artifact = exported(partial(case.call, padding_value=5.0), "b, t, d", segments)
     assert custom_calls(artifact) == calls
     x, s = case.x(), case.segments()
@@ -106,40 +105,39 @@ def test_padding_value(case):
     assert_same_bits(artifact.call(x, s), case.expected(x, s, 5.0))
 
 
-def test_order_of_segments():
-    artifact = exported(reverse_segment_order, "b, t, d", "b, k")
+def test_other_functions():
+    """Fails if the order of segments, or packing, needs a known size."""
     x, lengths = SMALL[1].x(), SMALL[1].segments()
-    for actual, want in zip(
-        artifact.call(x, lengths), reverse_segment_order(x, lengths), strict=True
-    ):
+    order = exported(reverse_segment_order, "b, t, d", "b, k").call(x, lengths)
+    for actual, want in zip(order, reverse_segment_order(x, lengths), strict=True):
         assert_same_bits(actual, want)
 
-
-def test_packing():
     x = np.arange(24, dtype=np.float32).reshape(3, 4, 2)
     n = np.array([2, 0, 4], np.int32)
     unpack = partial(unpack_segments, total_length=7)
     desired = unpack(x, n)
-    assert_same_bits(exported(unpack, "n, l, 2", "n").call(x, n), desired)
     host = exported(lambda x: unpack(x, n), "3, l, 2")
     assert_same_bits(host.call(x), desired)
 
     def back(x, n):  # Both sizes are symbolic.
         flat = unpack_segments(x, n, total_length=x.shape[0] * x.shape[1])
-        return pack_segments(flat, n, max_length=x.shape[1])
+        rows = pack_segments(flat, n, max_length=x.shape[1])
+        return unpack(x, n), rows
 
+    flat, rows = exported(back, "n, l, 2", "n").call(x, n)
+    assert_same_bits(flat, desired)
     valid = np.arange(4)[:, None] < n[:, None, None]
-    assert_same_bits(exported(back, "n, l, 2", "n").call(x, n), np.where(valid, x, 0))
+    assert_same_bits(rows, np.where(valid, x, 0))
 
 
 @pytest.mark.parametrize("n", (3, 9, 2**31, 2**40))
 def test_host_lengths_past_a_symbolic_axis(n):
+    def both(x):
+        return reverse_sequence(x, n), reverse_segments(x, [1, n - 2])
+
     x = np.arange(4, dtype=np.float32)
-    out = exported(lambda x: reverse_sequence(x, n), "t").call(x)
-    np.testing.assert_array_equal(out, [2, 1, 0, 3] if n == 3 else [3, 2, 1, 0])
-    packed = exported(lambda x: reverse_segments(x, [1, n - 2]), "t")
-    desired = [0, 1, 2, 3] if n == 3 else [0, 3, 2, 1]
-    np.testing.assert_array_equal(packed.call(x), desired)
+    want = ([2, 1, 0, 3], [0, 1, 2, 3]) if n == 3 else ([3, 2, 1, 0], [0, 3, 2, 1])
+    np.testing.assert_array_equal(exported(both, "t").call(x), want)
 
 
 FIXTURE_SHAPES = ("b, 7, d", "b", "b, 3", "b, 7")

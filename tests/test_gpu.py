@@ -16,16 +16,7 @@ import pytest
 from jax.experimental import topologies
 from jax.sharding import SingleDeviceSharding
 
-from tests.cases import (
-    AXES,
-    BENCHMARKS,
-    KINDS,
-    LENGTHS_TYPES,
-    TYPES,
-    WIDE,
-    Case,
-    assert_same_bits,
-)
+from tests.cases import BENCHMARKS, CASES, WIDE, Case, assert_same_bits, pullback
 
 # What jax, the driver and `nvidia-smi` say of an H200.
 TARGET = Path(__file__).parent / "fixtures" / "h200.txtpb"
@@ -51,10 +42,7 @@ def gpu() -> SingleDeviceSharding:
 
 
 def compiled(function: Any, case: Case) -> jax.stages.Compiled:
-    segments = case.segments()
-    types = (case.shape, case.dtype), (segments.shape, segments.dtype)
-    operands = [jax.ShapeDtypeStruct(*t, sharding=gpu()) for t in types]
-    return jax.jit(function).lower(*operands).compile()
+    return jax.jit(function).lower(*case.types(gpu(), gpu())).compile()
 
 
 def text(program: jax.stages.Compiled) -> str:
@@ -74,20 +62,12 @@ def temporary_bytes(program: jax.stages.Compiled) -> int:
     return memory.temp_size_in_bytes
 
 
-def vjp(case: Case):
-    def run(ct, segments):
-        x = jnp.zeros_like(ct)  # The backward pass needs no more than its type.
-        return jax.vjp(lambda x: case.call(x, segments), x)[1](ct)[0]
-
-    return run
-
-
 @needs_compiler
 @by_name("case", PADDED)
 def test_padded_is_one_kernel(case):
     """Fails if something beside x is written to memory, forward or backward."""
     inexact = jnp.issubdtype(case.dtype, jnp.inexact)
-    for function in (case.call, vjp(case)) if inexact else (case.call,):
+    for function in (case.call, pullback(case.call)) if inexact else (case.call,):
         program = compiled(function, case)
         assert kernels(program) == ["fusion"]
         assert temporary_bytes(program) == 0
@@ -98,7 +78,7 @@ def test_padded_is_one_kernel(case):
 def test_others_are_few_kernels(case):
     """Fails if finding the segments takes a loop, or memory, or many kernels."""
     index_bytes = 4 * math.prod(case.batch_shape) * case.size
-    for function in (case.call, vjp(case)):
+    for function in (case.call, pullback(case.call)):
         program = compiled(function, case)
         assert 1 <= len(kernels(program)) <= 8
         assert not re.search(r"\bwhile\(", text(program))
@@ -131,10 +111,7 @@ def test_kernels_are_seen():
 @pytest.mark.skipif(jax.default_backend() != "gpu", reason="there is no GPU here")
 def test_on_a_gpu():
     """Fails if what the GPU computes differs from the reference."""
-    for case in (*KINDS, *AXES, *TYPES, *LENGTHS_TYPES):
-        if case.dtype in WIDE or case.lengths_dtype in WIDE:
-            continue  # Not without x64.
-        x, segments = case.x(), case.segments()
-        assert_same_bits(
-            jax.jit(case.call)(x, segments), case.expected(x, segments), case.name
-        )
+    for case in CASES:
+        if not {case.dtype, case.lengths_dtype} & {*WIDE}:  # They need x64.
+            x, s = case.x(), case.segments()
+            assert_same_bits(jax.jit(case.call)(x, s), case.expected(x, s), case.name)

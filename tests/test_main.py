@@ -13,7 +13,7 @@ FAULTS = """
 import contextlib, io, json, sys
 import jax
 from jax_revseg import _compat, reverse_segments_p
-from jax_revseg.__main__ import main
+from jax_revseg import __main__ as self_check
 
 def lower(fun):
     rule = _compat.mlir.lower_fun(fun, multiple_results=False)
@@ -22,9 +22,10 @@ def lower(fun):
 def report():
     jax.clear_caches()
     with contextlib.redirect_stdout(io.StringIO()) as out:
-        status = main(["--quick", "--json"])
+        status = self_check.main(["--quick", "--json"])
     return status, json.loads(out.getvalue())
 
+self_check.CASES = self_check.CASES[::3]  # One of each kind of lengths.
 transposes = _compat.ad.primitive_transposes
 right = transposes[reverse_segments_p]
 transposes[reverse_segments_p] = lambda ct, *_, **params: [ct, None]
@@ -53,19 +54,13 @@ def test_quick_json(capsys):
 
 
 def test_text_ends_with_the_verdict(capsys, monkeypatch):
-    time_case = self_check.time_case
-    monkeypatch.setattr(
-        self_check,
-        "time_case",
-        lambda shape, *rest: time_case((4, 32, *shape[2:]), *rest),
-    )
+    small = [(4, 32, 8, 1), (4, 32, 8, 4)]  # On a CPU they are taken as they are.
+    monkeypatch.setattr(self_check, "SIZES", small)
     monkeypatch.setattr(self_check, "CASES", self_check.CASES[:1])
     assert self_check.main([]) == 0
     text = capsys.readouterr().out
-    assert "not run" not in text and "to a copy" in text
+    assert text.count(" to a copy") == len(small) * text.count("\ncpu (")
     assert text.splitlines()[-1].startswith("All is right: ")
-    timing = time_case((4, 32, 8), 4, jax.devices()[0])
-    assert timing["ratio"] > 0 and timing["ms"] > 0 and timing["copy_ms"] > 0
 
 
 def test_a_fault_fails_every_check():
@@ -78,7 +73,7 @@ def test_a_fault_fails_every_check():
     assert len(reports) == 3
     for fault, (status, result) in reports.items():
         assert status == 1, fault
-        assert result["summary"].startswith("SOMETHING IS WRONG: 12 of 12 checks")
+        assert result["summary"].startswith("SOMETHING IS WRONG: 4 of 4 checks")
         error = "ZeroDivisionError" if fault == "a lowering that raises" else ""
         for check in result["checks"]:
             assert check["forward"] is (fault == "wrong gradient"), check

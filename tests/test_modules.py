@@ -100,11 +100,20 @@ def test_nnx():
 # In Flax Linen and Haiku layers exist while the model runs.
 
 
+def check_models(model, name):
+    params = model(ours).init(jax.random.key(0), X)
+
+    def grad(run):
+        return jax.grad(lambda params: loss(model(run).apply(params, X)))
+
+    got = jax.jit(grad(ours))(params)
+    check_gradients(got, grad(by_hand)(params), 2 * GRU[name])
+
+
 @pytest.mark.parametrize("setup", (False, True))
 def test_linen(setup):
     """In a compact method, and in a module whose layers are made by `setup`."""
-    pytest.importorskip("flax", reason="Flax is not installed")
-    from flax import linen as nn
+    nn = pytest.importorskip("flax.linen", reason="Flax is not installed")
 
     def layers():
         return nn.RNN(nn.GRUCell(H)), nn.RNN(nn.GRUCell(H))
@@ -125,11 +134,7 @@ def test_linen(setup):
         def __call__(self, x):
             return self.run(self.forward, self.backward, x)
 
-    got, want = ((Setup if setup else Compact)(run) for run in (ours, by_hand))
-    params = got.init(jax.random.key(0), X)
-    got = jax.jit(jax.grad(lambda params, got=got: loss(got.apply(params, X))))(params)
-    want = jax.grad(lambda params, want=want: loss(want.apply(params, X)))(params)
-    check_gradients(got, want, 2 * GRU["linen"])
+    check_models(Setup if setup else Compact, "linen")
 
 
 def test_haiku():
@@ -146,9 +151,4 @@ def test_haiku():
 
         return hk.without_apply_rng(hk.transform(apply))
 
-    params = model(ours).init(jax.random.key(0), X)
-    got, want = (
-        jax.grad(lambda params, run=run: loss(model(run).apply(params, X)))
-        for run in (ours, by_hand)
-    )
-    check_gradients(jax.jit(got)(params), want(params), 2 * GRU["haiku"])
+    check_models(model, "haiku")

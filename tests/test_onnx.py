@@ -44,18 +44,22 @@ def export(f, *examples):
     return [node.op_type for node in model.graph.node], run
 
 
+def compare(f, run, arrays, exact=False):
+    ours = jax.tree.leaves(f(*map(jnp.asarray, arrays)))
+    for a, b in zip(ours, run(*arrays), strict=True):
+        a = np.asarray(a)
+        assert (a.dtype, a.shape) == (b.dtype, b.shape)
+        if exact:
+            assert a.tobytes() == b.tobytes()
+        else:
+            np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)
+
+
 def check(f, *inputs, others=(), exact=True):
     """Compares f with its exported model; returns the operators of the graph."""
     operators, run = export(f, *inputs)
     for arrays in [inputs, *others]:
-        ours = jax.tree.leaves(f(*map(jnp.asarray, arrays)))
-        for a, b in zip(ours, run(*arrays), strict=True):
-            a = np.asarray(a)
-            assert (a.dtype, a.shape) == (b.dtype, b.shape)
-            if exact:
-                assert a.tobytes() == b.tobytes()
-            else:
-                np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)
+        compare(f, run, arrays, exact)
     return operators
 
 
@@ -96,13 +100,8 @@ def test_axes(shape, axis, batch_axis):
 
 @pytest.mark.parametrize("shape", [(0, 5, 3), (2, 0, 3), (2, 5, 0)])
 def test_empty(shape):
-    """ONNX Runtime refuses some empty arrays."""
-    x = np.zeros(shape, np.float32)
-    check(reverse_sequence, x, np.zeros(shape[0], np.int32))
-
-
-def test_no_segments():
-    """A sum with zero, which turns -0.0 into 0.0, where there is nothing to move."""
+    """ONNX Runtime refuses some empty arrays. A sum with zero turns -0.0 into 0.0."""
+    check(reverse_sequence, np.zeros(shape, np.float32), np.zeros(shape[0], np.int32))
     check(reverse_segments, SIGNED, np.zeros((2, 0), np.int32))
 
 
@@ -110,57 +109,45 @@ PACKED = np.array([[2, 0, 3], [5, 0, 0], [1, 1, 1], [-4, 3, 9], [0, 0, 0]], np.i
 IDS = np.array([[0, 0, 1, 1, 1], [1, 1, 0, 0, 1], [0, 1, 2, 3, 4], [2] * 5], np.int32)
 
 
+@pytest.mark.parametrize("name", ["lengths", "segment_ids", "padding_id"])
 @pytest.mark.parametrize("batched", [False, True])
-def test_packed_lengths(batched):
-    """An index that is wrong beside empty segments, the tail, or in another row."""
-    pairs = [np.stack([a, b]) for a in PACKED for b in PACKED[:2]]
-    x, segments = (X, pairs) if batched else (X[0], list(PACKED))
+def test_several_segments(batched, name):
+    """An index that is wrong beside empty segments, the tail, an id that comes again,
+    or in another row; or padding that moves."""
+    all_rows = PACKED if name == "lengths" else IDS
+    pairs = [np.stack([a, b]) for a in all_rows for b in all_rows[:2]]
+    x, segments = (X, pairs) if batched else (X[0], list(all_rows))
 
     def f(x, n):
-        return reverse_segments(x, n, axis=int(batched))
+        if name == "lengths":
+            return reverse_segments(x, n)
+        padding_id = 1 if name == "padding_id" else None
+        return reverse_segments(x, segment_ids=n, padding_id=padding_id)
 
     check(f, x, segments[0], others=[(x, s) for s in segments])
-
-
-@pytest.mark.parametrize("padding_id", [None, 0, 1])
-@pytest.mark.parametrize("batched", [False, True])
-def test_segment_ids(batched, padding_id):
-    """An id that comes again later, or padding that moves."""
-    pairs = [np.stack([a, b]) for a in IDS for b in IDS]
-    x, ids = (X, pairs) if batched else (X[0], list(IDS))
-
-    def f(x, ids):
-        return reverse_segments(x, segment_ids=ids, padding_id=padding_id)
-
-    check(f, x, ids[0], others=[(x, i) for i in ids])
 
 
 @pytest.mark.parametrize("max_length", [1, 3, 6])
 def test_packing(max_length):
     """Rows that are cut off, lengths past the end, and a tail."""
-
-    def pack(x, n):
-        return pack_segments(x, n, max_length=max_length)
-
-    def unpack(x, n):
-        return unpack_segments(x, n, total_length=5)
-
-    def fill(x, n):
-        return pack_segments(x, n, max_length=max_length, padding_value=7)
-
-    check(pack, X[0], PACKED[0], others=[(SIGNED[0], n) for n in PACKED])
-    check(fill, X[0], PACKED[0], others=[(X[0], n) for n in PACKED])
-    rows = np.arange(3 * max_length * 2, dtype=np.float32).reshape(3, max_length, 2)
-    check(unpack, rows, PACKED[0], others=[(rows, n) for n in PACKED])
+    pack = lambda x, n: pack_segments(x, n, max_length=max_length)  # noqa: E731
+    unpack = lambda x, n: unpack_segments(x, n, total_length=5)  # noqa: E731
+    fill = lambda x, n: pack_segments(x, n, max_length=max_length, padding_value=7)  # noqa: E731
 
     def gradient(ct, n):
         return jax.linear_transpose(lambda x: pack(x, n), jnp.zeros((5, 2)))(ct)
 
-    check(gradient, rows, PACKED[0], others=[(rows, n) for n in PACKED])
     pairs = [np.stack([a, b]) for a in PACKED for b in PACKED[:2]]
-    check(jax.vmap(pack), X, pairs[0], others=[(X, n) for n in pairs])
-    rows = np.stack([rows, -rows])
-    check(jax.vmap(unpack), rows, pairs[0], others=[(rows, n) for n in pairs])
+    rows = np.arange(3 * max_length * 2, dtype=np.float32).reshape(3, max_length, 2)
+    for f, x, lengths in (
+        (pack, SIGNED[0], PACKED),
+        (fill, X[0], PACKED),
+        (unpack, rows, PACKED),
+        (gradient, rows, PACKED),
+        (jax.vmap(pack), X, pairs),
+        (jax.vmap(unpack), np.stack([rows, -rows]), pairs),
+    ):
+        check(f, x, lengths[0], others=[(x, n) for n in lengths])
 
 
 def rnn_step(params, carry, x):
@@ -206,25 +193,18 @@ ENCODINGS = {
     "starts": [FLAGS, ~FLAGS],
     "mask": [FLAGS, ~FLAGS],
 }
+EVERY = ("lengths", "segment_ids", "starts", "mask", "cu_seqlens")
+PACKED_ONLY = ("packed", "segment_ids", "starts", "cu_seqlens")
+VALUE, CARRY = {"padding_value": 7}, {"carry_in": np.ones((2, 3), np.float32)}
 CALLS = [
-    (f, encoding, options)
-    for f, encodings, several in (
-        (reverse_sequence, ("lengths",), ({"padding_value": 7},)),
-        (
-            reverse_segments,
-            ("packed", "segment_ids", "cu_seqlens", "starts"),
-            ({}, {"padding_value": 7}),
-        ),
-        (reverse_segment_order, ("packed",), ({},)),
-        (scan, ("lengths", "segment_ids", "starts", "mask", "cu_seqlens"), ({},)),
-        (scan, ("lengths", "starts"), ({"chunk": 2},)),
-        (both, ("lengths", "segment_ids", "starts", "mask", "cu_seqlens"), ({},)),
-        (two_layers, ("lengths", "segment_ids", "starts", "mask"), ({},)),
-    )
-    for encoding in encodings
-    for options in several
+    (reverse_sequence, "lengths", VALUE),
+    *((reverse_segments, e, more) for e in PACKED_ONLY for more in ({}, VALUE)),
+    (reverse_segment_order, "packed", {}),
+    *((f, e, {}) for f in (scan, both) for e in EVERY),
+    *((two_layers, e, {}) for e in EVERY[:4]),
+    *((scan, e, {"chunk": 2}) for e in ("lengths", "starts")),
+    (scan, "starts", CARRY),
 ]
-CALLS += [(scan, "starts", {"carry_in": np.ones((2, 3), np.float32)})]
 
 
 @pytest.mark.parametrize(
@@ -245,17 +225,14 @@ def test_every_call(f, encoding, options):
 
     first, *others = [(X / 30, segments) for segments in ENCODINGS[encoding]]
     check(call, *first, others=others, exact=False)
-    want = jax.tree.leaves(call(*first))  # As in `check`, after the export.
-    for a, b in zip(want, jax.tree.leaves(jax.jit(call)(*first)), strict=True):
-        np.testing.assert_allclose(a, b, rtol=1e-5)
+    after = lambda *arrays: jax.tree.leaves(jax.jit(call)(*arrays))  # noqa: E731
+    compare(call, after, first)
 
 
 @pytest.mark.parametrize(
     ("f", "encoding"),
-    [
-        *((f, "lengths") for f in (reverse_sequence, scan, both, two_layers)),
-        *((scan, encoding) for encoding in ("mask", "starts")),
-    ],
+    [(f, "lengths") for f in (reverse_sequence, scan, both, two_layers)]
+    + [(scan, encoding) for encoding in ("mask", "starts")],
 )
 def test_symbolic_batch(f, encoding):
     """A call that needs one model for each batch size."""
@@ -268,9 +245,7 @@ def test_symbolic_batch(f, encoding):
     model, run = export(call, *specs)
     wide = np.concatenate([X, -X]) / 30, np.concatenate([first, second])
     for arrays in (X / 30, first), wide:
-        ours = jax.tree.leaves(call(*map(jnp.asarray, arrays)))
-        for a, b in zip(ours, run(*arrays), strict=True):
-            np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)
+        compare(call, run, arrays)
 
 
 @pytest.mark.filterwarnings("ignore:'.value' access:DeprecationWarning")  # jax2onnx's.
@@ -320,21 +295,11 @@ def test_symbolic_sizes():
 
 def test_what_jax2onnx_cannot_export():
     """A page that says no to what has become possible."""
-    add = lambda carry, x: (carry + x, carry)  # noqa: E731
-    zeros = jnp.zeros((5, 3))
-
-    def lax_scan(x):
-        return jax.lax.scan(add, zeros, x, reverse=True)[1]
-
-    def lax_associative(x):
-        return jax.lax.associative_scan(jnp.add, x)
-
-    def associative(x):
-        return associative_scan_segments(jnp.add, x, LENGTHS[0])
-
-    def reverse(x):
-        return scan(x, LENGTHS[0], reverse=True)
-
+    add, zeros = (lambda carry, x: (carry + x, carry)), jnp.zeros((5, 3))
+    lax_scan = lambda x: jax.lax.scan(add, zeros, x, reverse=True)[1]  # noqa: E731
+    reverse = lambda x: scan(x, LENGTHS[0], reverse=True)  # noqa: E731
+    lax_associative = partial(jax.lax.associative_scan, jnp.add)
+    associative = partial(associative_scan_segments, jnp.add, lengths=LENGTHS[0])
     for f in (lax_scan, reverse, lax_associative, associative):
         with pytest.raises(NotImplementedError):
             export(f, X)

@@ -3,7 +3,6 @@
 ONNX Runtime's ReverseSequence is in test_onnx.py.
 """
 
-import importlib.util
 from dataclasses import replace
 
 import jax.numpy as jnp
@@ -11,13 +10,7 @@ import numpy as np
 import pytest
 
 from jax_revseg import reverse_sequence
-from tests.cases import (
-    AXES,
-    KINDS,
-    TYPES,
-    WIDE,
-    assert_same_bits,
-)
+from tests.cases import AXES, KINDS, TYPES, WIDE, assert_same_bits
 
 pytestmark = pytest.mark.peers
 
@@ -35,13 +28,6 @@ COMMON = [
 ]
 
 
-def need(*modules):
-    """Skips where a peer is missing, and says which."""
-    for module in modules:
-        if importlib.util.find_spec(module) is None:
-            pytest.skip(f"{module} is not installed")
-
-
 # What TensorFlow must have taken, lest a comparison be one of nothing.
 AT_LEAST = {case.name for case in PADDED if case in COMMON}
 AT_LEAST |= {"bool", "int8", "uint8", "int16", "int32", "float16", "float32"}
@@ -50,9 +36,7 @@ AT_LEAST |= {"bfloat16", "complex64"}
 
 def test_tensorflow():
     """TensorFlow users get other values from reverse_sequence here than there."""
-    need("tensorflow")
-    import tensorflow as tf
-
+    tf = pytest.importorskip("tensorflow")
     names = set()
     for case in COMMON:
         (batch_axis,) = case.batch_axes
@@ -71,9 +55,7 @@ def test_tensorflow():
 
 def test_flax_flip_sequences():
     """On valid steps, flip_sequences and ours disagree; beyond, they do by design."""
-    need("flax")
-    from flax.nnx.nn.recurrent import flip_sequences
-
+    flip_sequences = pytest.importorskip("flax.nnx").nn.recurrent.flip_sequences
     for case in (KINDS[0], KINDS[3]):
         x, lengths = case.x(), case.segments()
         valid = (np.arange(case.size) < lengths[:, None])[..., None]
@@ -87,10 +69,7 @@ def test_flax_flip_sequences():
 
 def test_tensors_of_other_frameworks_are_operands():
     """Fails if a tensor is refused, or aborts the process, as one of strings did."""
-    need("torch", "tensorflow")
-    import tensorflow as tf
-    import torch
-
+    torch, tf = map(pytest.importorskip, ("torch", "tensorflow"))
     x, lengths = np.arange(6, dtype=np.float32).reshape(2, 3), np.array([1, 3])
     expected = np.asarray(reverse_sequence(x, lengths))
     for tensor in (torch.tensor, tf.constant):

@@ -27,33 +27,26 @@ from jax_revseg import (
 )
 from jax_revseg._layout import Layout
 from tests.cases import assert_same_bits
-from tests.meshes import CASES, integers, mesh, put
+from tests.meshes import CASES, calls, integers, mesh, put, with_gradients
 
 MESH = mesh("explicit explicit")
 SHAPE = CASES[0].shape
 SEGMENTS = [case.segments() for case in CASES]
-both = ("a", "b")
+BOTH = ("a", "b")
 # The shardings of x, of the rows of segments, and of the result.
 SPECS = {
-    "rows": (("a", None, None), "a", ("a", None, None)),
-    "features": ((None, None, "a"), None, (None, None, "a")),
     "both": (("a", None, "b"), "a", ("a", None, "b")),
-    "rows-over-both": ((both, None, None), both, (both, None, None)),
+    "rows-over-both": ((BOTH, None, None), BOTH, (BOTH, None, None)),
     "segments-only": ((None, None, None), "a", ("a", None, None)),
     "segments-and-features": ((None, None, "b"), "a", ("a", None, "b")),
     "x-only": (("a", None, "b"), None, ("a", None, "b")),
 }
-# The ways other than jit, for few of them.
 WAYS = [(name, "jit") for name in SPECS]
-WAYS += [(n, way) for n in ("both", "x-only") for way in ("eager", "jit-without-mesh")]
+WAYS += [("both", "eager"), ("segments-and-features", "jit-without-mesh")]
 
 
 def spec_of(x):
-    """The sharding in one way of writing: with every axis, and no tuple of one."""
-    spec = [
-        s[0] if isinstance(s, tuple) and len(s) == 1 else s for s in x.sharding.spec
-    ]
-    return (*spec, *[None] * (x.ndim - len(spec)))
+    return tuple(jax.typeof(x).sharding.spec)
 
 
 def operands(mesh, name):
@@ -64,61 +57,41 @@ def operands(mesh, name):
     return [x] * len(CASES), segments, cts
 
 
-def calls(xs, segments, **more):
-    """All cases in one program: compiling takes the time."""
-    return [
-        case.call(x, s, **more) for case, x, s in zip(CASES, xs, segments, strict=True)
+def check(name, how="jit", over=MESH, value=None):
+    """Values, gradients, and the shardings of both."""
+    x_spec, _, out_spec = SPECS[name]
+    given = operands(over, name)
+    run = partial(with_gradients, partial(calls, padding_value=value))
+    context = contextlib.nullcontext() if "without" in how else jax.set_mesh(over)
+    with context:
+        results = (run if how == "eager" else jax.jit(run))(*given)
+    kept = {*over.abstract_mesh.explicit_axes}
+    specs = [
+        tuple(n if kept.issuperset(jax.tree.leaves(n)) else None for n in spec)
+        for spec in (out_spec, x_spec)
     ]
-
-
-def values_and_gradients(f, xs, segments, cts, jit=True):
-    def run(xs, segments, cts):
-        ys, vjp = jax.vjp(lambda xs: f(xs, segments), xs)
-        return ys, *vjp(cts)
-
-    ys, x_bars = (jax.jit(run) if jit else run)(xs, segments, cts)
-    return zip(CASES, SEGMENTS, map(np.asarray, cts), ys, x_bars, strict=True)
+    for case, s, ct, y, x_bar in zip(CASES, SEGMENTS, given[2], *results, strict=True):
+        assert_same_bits(y, case.expected(integers(SHAPE), s, value), case.name)
+        want = case.expected(np.asarray(ct), s, None if value is None else 0)
+        np.testing.assert_array_equal(x_bar, want, case.name)
+        assert [spec_of(y), spec_of(x_bar)] == specs
 
 
 @pytest.mark.parametrize("name, how", WAYS)
 def test_values_and_gradients(name, how):
     """Fails on another sharding than `add` gives, or rows exchanged on the way."""
-    given = operands(MESH, name)
-    with contextlib.nullcontext() if how == "jit-without-mesh" else jax.set_mesh(MESH):
-        results = values_and_gradients(calls, *given, jit=how != "eager")
-    for case, s, ct, y, x_bar in results:
-        assert_same_bits(y, case.expected(integers(SHAPE), s), case.name)
-        assert_same_bits(x_bar, case.expected(ct, s), case.name)
-        assert (spec_of(y), spec_of(x_bar)) == (SPECS[name][2], SPECS[name][0])
+    check(name, how)
 
 
-@pytest.mark.parametrize("name", ("both", "segments-and-features"))
-def test_padding_value(name):
+def test_padding_value():
     """Fails on a mask that is sharded otherwise than what it selects from."""
-    xs, segments, cts = operands(MESH, name)
-    f = partial(calls, padding_value=5.0)
-    with jax.set_mesh(MESH):
-        results = values_and_gradients(f, xs, segments, cts)
-    for case, s, ct, y, x_bar in results:
-        assert_same_bits(y, case.expected(integers(SHAPE), s, 5.0), case.name)
-        valid = case.expected(np.ones(SHAPE, np.float32), s, 0.0)
-        np.testing.assert_array_equal(x_bar, case.expected(valid * ct, s))
-        assert (spec_of(y), spec_of(x_bar)) == (SPECS[name][2], SPECS[name][0])
+    check("segments-and-features", value=5.0)
 
 
 @pytest.mark.parametrize("kinds", ("explicit auto", "auto explicit"))
-@pytest.mark.parametrize("name", ("both", "segments-and-features"))
-def test_mixed_mesh(name, kinds):
+def test_mixed_mesh(kinds):
     """Fails on an auto axis treated as an explicit one, or the other way round."""
-    xs, segments, cts = operands(mesh(kinds), name)
-    with jax.set_mesh(xs[0].sharding.mesh):
-        results = values_and_gradients(calls, xs, segments, cts)
-    for case, s, ct, y, x_bar in results:
-        assert_same_bits(y, case.expected(integers(SHAPE), s), case.name)
-        assert_same_bits(x_bar, case.expected(ct, s), case.name)
-        explicit = "a" if kinds == "explicit auto" else "b"
-        kept = tuple(n if n == explicit else None for n in SPECS[name][2])
-        assert tuple(jax.typeof(y).sharding.spec) == kept
+    check("segments-and-features", over=mesh(kinds))
 
 
 @pytest.mark.parametrize("name", ("both", "segments-and-features"))
@@ -136,89 +109,66 @@ def test_vmap_over_a_sharded_axis(name):
         ]
 
     with jax.set_mesh(MESH):
-        results = values_and_gradients(rows, xs, segments, cts)
-    for case, s, ct, y, x_bar in results:
-        want, want_bar = np.broadcast_to(xs[0], SHAPE), case.expected(ct, s)
-        assert_same_bits(y, case.expected(want, s), case.name)
+        results = jax.jit(partial(with_gradients, rows))(xs, segments, cts)
+    x = np.broadcast_to(xs[0], SHAPE)
+    for case, s, ct, y, x_bar in zip(CASES, SEGMENTS, cts, *results, strict=True):
+        assert_same_bits(y, case.expected(x, s), case.name)
+        want_bar = case.expected(np.asarray(ct), s)
         want_bar = want_bar.sum(0) if x_axis is None else want_bar
         np.testing.assert_array_equal(x_bar, want_bar, case.name)
         assert (spec_of(y), spec_of(x_bar)) == (SPECS[name][2], spec_of(xs[0]))
 
 
-def test_vmap_over_a_sharded_feature():
-    x = put(MESH, integers(SHAPE), "a", None, "b")
-    segments = put(MESH, SEGMENTS[0], "a")
-    f = jax.vmap(reverse_sequence, (2, None), 2)
-    with jax.set_mesh(MESH):
-        y = jax.jit(f)(x, segments)
-    assert_same_bits(y, CASES[0].expected(integers(SHAPE), SEGMENTS[0]))
-    assert spec_of(y) == ("a", None, "b")
-
-
 def test_order_of_segments():
-    """Fails if the sums of lengths, or the sharding of the reversed lengths, are
-    wrong."""
-    f = jax.jit(reverse_segment_order)
-    want = _reference.reverse_order(
-        integers(SHAPE), SEGMENTS[1], axis=1, batch_axes=(0,)
-    )
+    """Fails on wrong sums of lengths, or another sharding of the reversed lengths."""
+    x, axes = integers(SHAPE), dict(axis=1, batch_axes=(0,))
+    wanted = _reference.reverse_order(x, SEGMENTS[1], **axes)
+    lengths = put(MESH, SEGMENTS[1], "a", None)
     for x_spec in (("a", None, "b"), (None, None, "b")):
-        x = put(MESH, integers(SHAPE), *x_spec)
         with jax.set_mesh(MESH):
-            y, lengths = f(x, put(MESH, SEGMENTS[1], "a", None))
-        np.testing.assert_array_equal(y, want[0])
-        np.testing.assert_array_equal(lengths, want[1])
-        assert (spec_of(y), spec_of(lengths)) == (("a", None, "b"), ("a", None))
+            outs = jax.jit(reverse_segment_order)(put(MESH, x, *x_spec), lengths)
+        for out, want in zip(outs, wanted, strict=True):
+            np.testing.assert_array_equal(out, want)
+        assert [*map(spec_of, outs)] == [("a", None, "b"), ("a", None)]
 
 
 def test_other_operands():
     """Fails if host lengths, offsets or a bare bind cannot take a sharded array."""
-    x, case = put(MESH, integers(SHAPE), "a", None, "b"), CASES[1]
-    lengths = SEGMENTS[1]
-    offsets = np.concatenate([0 * lengths[:, :1], lengths.cumsum(-1)], -1)
-    want, layout = case.expected(integers(SHAPE), lengths), Layout("packed", 1, (0,))
+    x, lengths = put(MESH, integers(SHAPE), "a", None, "b"), SEGMENTS[1]
+    offsets = np.pad(lengths.cumsum(-1), ((0, 0), (1, 0)))
     with jax.set_mesh(MESH):
         on_device = put(MESH, lengths, "a", None)
         outs = [
             reverse_segments(x, lengths),
             jax.jit(lambda x: reverse_segments(x, lengths))(x),
             reverse_segments(x, cu_seqlens=put(MESH, offsets, "a", None)),
-            reverse_segments_p.bind(x, on_device, layout=layout),
+            reverse_segments_p.bind(x, on_device, layout=Layout("packed", 1, (0,))),
         ]
         with jax.disable_jit():
             outs.append(reverse_segments(x, on_device))
     for y in outs:
-        assert_same_bits(y, want)
+        assert_same_bits(y, CASES[1].expected(integers(SHAPE), lengths))
         assert spec_of(y) == ("a", None, "b")
 
 
-@pytest.mark.parametrize("jit", (True, False), ids=("jit", "eager"))
 @pytest.mark.parametrize(
     "x_spec, rows, message",
     (
-        ((None, "b", None), (None,), r"axis 1 of x, the segment axis, .* 'b'.*reshard"),
-        (
-            (None, both, None),
-            (None,),
-            r"axis 1 of x.*\('a', 'b'\).*axis_name=\('a', 'b'",
-        ),
-        (("a", None, None), ("b",), r"axis 0 of the lengths.*'b'.*\('a', None, None\)"),
-        (
-            ("a", None, None),
-            (both,),
-            r"axis 0 .*\('a', 'b'\), but .*\('a', None, None\)",
-        ),
-        ((None, None, "a"), ("a",), r"axis 0 .* 'a', but x, .*\(None, None, 'a'\)"),
-        ((None, None, None), (None, "a"), r"axis 1 of the lengths.* 'a', but it runs"),
+        ((None, "b"), (None,), r"axis 1 of x.* 'b'.*reshard"),
+        ((None, BOTH), (None,), r"axis 1 of x.*\('a', 'b'\).*axis_name=\('a', 'b'"),
+        (("a",), ("b",), r"axis 0 of .*'b'.*\('a', None, None\)"),
+        (("a",), (BOTH,), r"axis 0 .*\('a', 'b'\).*\('a', None, None\)"),
+        ((None, None, "a"), ("a",), r"axis 0 .* 'a'.*\(None, None, 'a'\)"),
+        ((), (None, "a"), r"axis 1 of .* 'a'"),
     ),
 )
-def test_errors(x_spec, rows, message, jit):
+def test_errors(x_spec, rows, message):
     """Fails on data replicated in silence, or an error that names no remedy."""
     x = put(MESH, jnp.zeros((8, 8, 4)), *x_spec)
     lengths = put(MESH, np.zeros((8, 4)[: len(rows)], int), *rows)
     f = reverse_sequence if len(rows) == 1 else reverse_segments
     with jax.set_mesh(MESH), pytest.raises(ValueError, match=re.compile(message, re.S)):
-        (jax.jit(f) if jit else f)(x, lengths)
+        f(x, lengths)
 
 
 def ramp(x):
@@ -233,11 +183,7 @@ def ramp(x):
     "name, given",
     (
         ("reverse_sequence", "lengths"),
-        ("reverse_segments", "lengths"),
         ("reverse_segments", "segment_ids"),
-        ("reverse_segments", "starts"),
-        ("bidirectional", "lengths"),
-        ("bidirectional", "segment_ids"),
         ("bidirectional", "starts"),
         ("bidirectional", "mask"),
     ),
@@ -247,32 +193,26 @@ def test_remedies_of_a_sharded_segment_axis(name, given):
     host = integers((8, 6, 4))
     ids = np.arange(6) // 2 + np.zeros((8, 1), int)
     segments = {"segment_ids": ids, "starts": ids % 2 > 0, "mask": ids != 1}
-    if given == "lengths":
-        packed = name == "reverse_segments"
-        lengths = np.arange(16).reshape(8, 2) % 4 if packed else np.arange(8) % 7
-        segments = {given: lengths}
-    call = partial(getattr(jax_revseg, name), *[ramp, ramp][: 2 * (name[0] == "b")])
-    lies_like_x = given != "lengths"
-    s = put(MESH, segments[given], None, *["b"] * lies_like_x)
+    segments = segments.get(given, np.arange(8) % 7)
+    function = getattr(jax_revseg, name)
+    call = partial(function, *[ramp, ramp][: 2 * (name[0] == "b")])
+    spec = P(None, "b") if given != "lengths" else P()
+    s = put(MESH, segments, *spec)
     x = put(MESH, host, None, "b", None)
     with pytest.raises(ValueError, match=r"(?s)axis 1 of x.*reshard") as error:
         call(x, **{given: s})
     if given == "mask":
         with jax.set_mesh(MESH):
-            out = call(jax.sharding.reshard(x, P()), mask=segments[given])
+            out = call(jax.sharding.reshard(x, P()), mask=segments)
     else:
         code = textwrap.dedent(str(error.value).partition("\n\n")[2])
-        spec = 'P(None, "b")' if lies_like_x else "P()"
-        for filled in ('P(None, "b", None)', spec):
-            code = code.replace("jax.P(...)", filled, 1)
+        code = code.replace("jax.P(...)", 'P(None, "b", None)', 1)
+        code = code.replace("jax.P(...)", "spec", 1)
         names = {"jax": jax, "P": P, "forward": ramp, "backward": ramp, "x": x}
-        exec(code, names := {**names, name: getattr(jax_revseg, name), given: s})
+        exec(code, names := {**names, name: function, given: s, "spec": spec})
         out = names["out"]
-    want = np.asarray(call(host, **{given: jnp.asarray(segments[given])}))
-    valid = np.ones((8, 6), bool)
-    if (name, given) == ("bidirectional", "lengths"):  # Padding is left to layers.
-        valid = np.arange(6) < segments[given][:, None]
-    np.testing.assert_array_equal(np.asarray(out)[valid], want[valid])
+    want = jax.jit(lambda x, s: call(x, **{given: s}))(host, segments)
+    np.testing.assert_array_equal(out, want)
 
 
 @pytest.mark.parametrize("x_axis, ids_axis", (("a", None), (None, "a")))
@@ -291,17 +231,15 @@ def test_scans_refuse_a_sharded_segment_axis(x_axis, ids_axis):
             f(x, **given)
 
 
-@pytest.mark.parametrize("placed", (True, False))
-def test_two_batch_axes(placed):
-    """Fails if only the first axis of lengths counts, or an x without a mesh is
-    refused."""
+def test_two_batch_axes():
+    """Fails if only the first axis of lengths counts, or x needs a mesh."""
     x = integers((8, 8, 4))
     lengths = np.arange(64).reshape(8, 8) % 5
     want = _reference.reverse(x, lengths, axis=2, batch_axes=(0, 1), layout="padded")
-    on_mesh = put(MESH, lengths, "a", "b")
-    y = reverse_sequence(put(MESH, x, None, None, None) if placed else x, on_mesh)
-    assert_same_bits(y, want)
-    assert spec_of(y) == ("a", "b", None)
+    for given in (x, put(MESH, x, None, None, None)):
+        y = reverse_sequence(given, put(MESH, lengths, "a", "b"))
+        assert_same_bits(y, want)
+        assert spec_of(y) == ("a", "b", None)
 
 
 def test_partial_sums():
@@ -314,8 +252,5 @@ def test_partial_sums():
         x = jnp.einsum("nb,bt->nt", rows, steps, out_sharding=P("a", unreduced={"b"}))
         return reverse_sequence(x, SEGMENTS[0])
 
-    with (
-        jax.set_mesh(MESH),
-        pytest.raises(ValueError, match="x has sharding .*unreduced.*re"),
-    ):
+    with jax.set_mesh(MESH), pytest.raises(ValueError, match="x .*unreduced.*reshard"):
         product(rows, steps)

@@ -11,13 +11,12 @@ from functools import lru_cache
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.experimental import topologies
 from jax.sharding import Mesh, NamedSharding, PartitionSpec as P, SingleDeviceSharding
 
-from tests.cases import BENCHMARKS
+from tests.cases import BENCHMARKS, pullback
 
 needs_compiler = pytest.mark.skipif(
     importlib.util.find_spec("libtpu") is None,
@@ -47,20 +46,6 @@ def chips(generation: str) -> Any:
     return topologies.get_topology_desc(platform="tpu", topology_name=name).devices
 
 
-def lower(case, shardings, vjp=False):
-    def gradient(ct, segments):
-        # The backward pass alone needs no more of x than its type.
-        x = jnp.zeros_like(ct)
-        return jax.vjp(lambda x: case.call(x, segments), x)[1](ct)[0]
-
-    segments = case.segments()
-    operands = [
-        jax.ShapeDtypeStruct(case.shape, case.dtype, sharding=shardings[0]),
-        jax.ShapeDtypeStruct(segments.shape, segments.dtype, sharding=shardings[1]),
-    ]
-    return jax.jit(gradient if vjp else case.call).lower(*operands)
-
-
 def collectives(lowered: jax.stages.Lowered) -> int:
     """How often the program exchanges data between chips."""
     # An instruction of a serialized program has its opcode before the tag of its shape.
@@ -76,7 +61,8 @@ def collectives(lowered: jax.stages.Lowered) -> int:
 def test_compiles(generation, case):
     """Fails if the compiler refuses a program, counts 8 times the least for it, or
     writes more than a few indices to memory."""
-    compiled = lower(case, 2 * [SingleDeviceSharding(chips(generation)[0])]).compile()
+    one = SingleDeviceSharding(chips(generation)[0])
+    compiled = jax.jit(case.call).lower(*case.types(one, one)).compile()
     costs: Any = compiled.cost_analysis()
     memory: Any = compiled.memory_analysis()
     ideal = 2 * math.prod(case.shape) * np.dtype(case.dtype).itemsize
@@ -94,7 +80,8 @@ def test_sharded_gradients_exchange_nothing(generation, case):
     split = [None] * len(case.shape)
     split[case.batch_axes[0]] = "chips"
     shardings = [NamedSharding(mesh, spec) for spec in (P(*split), P("chips"))]
-    assert collectives(lower(case, shardings, vjp=True)) == 0
+    lowered = jax.jit(pullback(case.call)).lower(*case.types(*shardings))
+    assert collectives(lowered) == 0
 
 
 @needs_compiler
@@ -102,7 +89,6 @@ def test_sharded_gradients_exchange_nothing(generation, case):
 def test_collectives_are_seen(generation):
     """Fails if a program that exchanges data is taken for one that does not."""
     mesh = Mesh(np.array(chips(generation)), ("chips",))
-    x = jax.ShapeDtypeStruct(
-        (64, 128), "float32", sharding=NamedSharding(mesh, P("chips"))
-    )
+    sharding = NamedSharding(mesh, P("chips"))
+    x = jax.ShapeDtypeStruct((64, 128), "float32", sharding=sharding)
     assert collectives(jax.jit(lambda x: x - x.sum(0)).lower(x)) > 0
