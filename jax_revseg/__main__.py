@@ -13,8 +13,9 @@ import platform
 import sys
 import time
 from collections import namedtuple
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from contextlib import suppress
+from functools import partial
 from importlib import metadata
 from itertools import product
 from typing import Any
@@ -57,23 +58,21 @@ def check_case(case, features, dtype, device) -> dict[str, Any]:
     bits = rng.integers(0, high, (2, *shape, kind.itemsize), np.uint8)
     x, ct = bits.view(kind)[..., 0]
     reverse = reverse_sequence if case.layout == "padded" else reverse_segments
-
-    def function(x, segments):
-        return reverse(x, **{case.argument: segments}, **case.options)
+    run = jax.jit(lambda x, s: reverse(x, **{case.argument: s}, **case.options))
+    segments, offsets = case.segments, case.argument == "cu_seqlens"
+    options = {"axis": axis, "batch_axes": (1 - axis,), "layout": case.layout}
+    reference = partial(_reference.reverse, **(options | case.options))
 
     def right(out, given):
-        offsets = case.argument == "cu_seqlens"
-        segments = np.diff(case.segments) if offsets else case.segments
-        options = {"axis": axis, "batch_axes": (1 - axis,)} | case.options
-        want = _reference.reverse(given, segments, layout=case.layout, **options)
+        want = reference(given, np.diff(segments) if offsets else segments)
         return np.asarray(out).tobytes() == want.tobytes()
 
-    result: dict[str, Any] = {"encoding": case.name, "shape": shape, "dtype": dtype}
-    result |= {"forward": False, "gradient": False}
+    result = dict(encoding=case.name, shape=shape, dtype=dtype)
+    result |= dict(forward=False, gradient=False)
     try:
         with jax.debug_nans(False), jax.debug_infs(False):  # NaNs are on purpose.
-            *primals, there = jax.device_put((x, case.segments, ct), device)
-            out, vjp = jax.vjp(jax.jit(function), *primals)
+            *primals, there = jax.device_put((x, segments, ct), device)
+            out, vjp = jax.vjp(run, *primals)
             result["forward"] = right(out, x)
             inexact = jnp.issubdtype(kind, jnp.inexact)
             result["gradient"] = right(vjp(there)[0], ct) if inexact else None
@@ -108,8 +107,7 @@ def time_case(shape, segments_per_row, device) -> dict[str, Any]:
     return result | {"ms": ms, "copy_ms": copy_ms, "ratio": ratio}
 
 
-def _row(values: Iterable[Any]) -> str:
-    first, *rest = values
+def _row(first: Any, *rest: Any) -> str:
     return f"  {first!s:24} {' '.join(f'{value!s:14}' for value in rest)}".rstrip()
 
 
@@ -128,16 +126,16 @@ def report(quick: bool, say: Callable[[str], None]) -> dict[str, Any]:
         devices = [*devices, *jax.local_devices(backend="cpu")]
     kinds = {f"{d.platform} ({d.device_kind})": d for d in devices}  # One of each.
     for kind, device in kinds.items():
-        say(f"\n{kind}\n{_row(['', 'shape', 'dtype', 'forward', 'gradient'])}")
+        say(f"\n{kind}\n{_row('', 'shape', 'dtype', 'forward', 'gradient')}")
         for case, (features, dtype) in product(CASES, DATA[: 2 if quick else 4]):
             check = check_case(case, features, dtype, device)
-            say(_row(words.get(value, value) for value in check.values()))
+            say(_row(*(words.get(value, value) for value in check.values())))
             checks.append({"device": kind, **check})
         scale = 1 if device.platform == "cpu" else 8  # 32 MB would fit into a cache.
         for rows, *rest, segments in () if quick else SIZES:
             timing = time_case((rows * scale, *rest), segments, device)
             text = f"{timing['ms']:.3g} ms, {timing['ratio']:.2f} to a copy"
-            say(_row([timing["shape"], f"{segments} a row:", text]))
+            say(_row(timing["shape"], f"{segments} a row:", text))
             times.append({"device": kind, **timing})
     failed = sum(False in (c["forward"], c["gradient"]) for c in checks)
     result["ok"] = bool(checks) and not failed

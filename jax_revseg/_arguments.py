@@ -11,7 +11,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jax.export import is_symbolic_dim
 from jax.typing import ArrayLike
 
 AxisName = str | tuple[str, ...]
@@ -19,20 +18,30 @@ BatchAxis = int | Sequence[int] | None
 Integers = ArrayLike | Sequence[Any]  # ArrayLike leaves lists out.
 
 
+_CONSTANT = "give an array, for a constant with jax.numpy.full_like"
 _ROWS = (
-    "convert it with jax.numpy.asarray; for rows of different lengths give "
+    "use jax.numpy.asarray, or swap x and lengths; for rows of different lengths give "
     "np.concatenate(rows) and lengths=[len(row) for row in rows] to pack_segments"
 )
-_CONSTANT = "give an array, for a constant with jax.numpy.full_like"
 _REMEDIES = {
     "MaskedArray": "use .filled",
     "PackedSequence": "use pad_packed_sequence, or .data (see migration.md)",
+    "Tensor": "use jax.dlpack.from_dlpack(x.detach()), after x.cpu()",
     "dict": "use jax.tree.map for a pytree",
     "float": _CONSTANT,
     "int": _CONSTANT,
     "list": _ROWS,
     "tuple": _ROWS,
 }
+
+
+def shown(value: Any) -> str:
+    """How messages show a value; an array by its type, such as `float32[2,3]`."""
+    on_device = isinstance(value, (jax.Array, jax.ShapeDtypeStruct))
+    what = "" if on_device else f" of type {type(value).__name__}"
+    if on_device or getattr(value, "ndim", 0):
+        return f"{value.dtype}[{','.join(map(str, value.shape))}]{what}"
+    return f"{' '.join(repr(value).split())[:60]}{what}"
 
 
 class Call(NamedTuple):
@@ -59,126 +68,68 @@ class Call(NamedTuple):
 
     def array(self, x: Any) -> jax.Array:
         """Returns `x` as an array of rank 1 or more."""
-        x = x if isinstance(x, jax.Array) else self._from_host(x)
-        if x.ndim == 0:
-            remedy = "x[None]" if self.reverses else "jax.numpy.full_like"
-            self.fail(
-                f"{self.x_name} has rank 0 (shape ()), but needs at least 1 axis, the "
-                f"segment axis; give it one with {remedy}."
-            )
-        return x
-
-    def _from_host(self, x: Any) -> jax.Array:
-        kind = type(x).__name__
-        known = hasattr(x, "__array__") or hasattr(x, "__jax_array__")
-        if kind in _REMEDIES or not (known or hasattr(x, "__dlpack__")):
-            remedy = _REMEDIES.get(kind, "convert it with jax.numpy.asarray")
-            self.fail(
-                f"{self.x_name} must be an array, but has type {kind}; {remedy}.",
-                TypeError,
-            )
         try:
-            # Neither conversion copies. A NaN in the padding is no error.
-            with jax.debug_nans(False), jax.debug_infs(False):
-                return jnp.asarray(x if known else np.from_dlpack(x))
-        except Exception as error:  # Each framework has its own for other devices.
-            remedy = "convert it to a NumPy array of numbers first"
-            if hasattr(x, "detach"):  # PyTorch, which NumPy lacks bfloat16 for.
-                remedy = "use jax.dlpack.from_dlpack(x.detach()), after x.cpu()"
-            what = f"{self.x_name} has dtype {getattr(x, 'dtype', None)}, type {kind}"
-            self.fail(f"{what}, which JAX cannot take ({error}); {remedy}.", TypeError)
+            array = x if isinstance(x, jax.Array) else _from_host(x)
+        except Exception:  # Each framework has its own for other devices.
+            kind = "Tensor" if hasattr(x, "detach") else type(x).__name__
+            remedy = _REMEDIES.get(kind, "convert it to a NumPy array of numbers first")
+            what = f"{self.x_name} must be an array, but is {shown(x)}"
+            self.fail(f"{what}; {remedy}.", TypeError)
+        if array.ndim == 0:
+            what = f"{self.x_name} has rank 0 (shape ()), but needs a segment axis"
+            self.fail(f"{what}; use x[None], or jax.numpy.full_like for a constant.")
+        return array
 
-    def integer(self, argument: str, value: Any) -> int:
+    def integer(self, argument: str, value: Any, least: float = -np.inf) -> int:
         """Returns a static integer."""
         try:
-            return operator.index(value)
+            value = operator.index(value)
         except TypeError:
-            what = f"{argument} is {value!r} of type {type(value).__name__}"
-            self.fail(f"{what}; use an int.", TypeError)
+            self.fail(f"{argument} is {shown(value)}; use an int.", TypeError)
+        if value < least:
+            self.fail(f"{argument} is {value}; it must be {least} or more.")
+        return value
 
     def flag(self, argument: str, value: Any) -> bool:
         """Returns a static boolean."""
         if not isinstance(value, (bool, np.bool_)):
-            self.fail(f"{argument} is {value!r}; use True or False.", TypeError)
+            self.fail(f"{argument} is {shown(value)}; use True or False.", TypeError)
         return bool(value)
-
-    def size(self, argument: str, value: Any) -> Any:
-        """Returns a static size, which may be symbolic under `jax.export`."""
-        if is_symbolic_dim(value):
-            return value
-        size = self.integer(argument, value)
-        if size < 0:
-            self.fail(f"{argument} is {size}; it must be 0 or more.")
-        return size
 
     def scalar(self, value: Any, x: jax.Array) -> Any:
         """Casts `padding_value` to the dtype of the array, where it is, or raises."""
         if value is None:
             return None
-        number = isinstance(value, (bool, int, float, complex))
-        shape = () if number else getattr(value, "shape", None)
-        if shape != ():
-            what = f"has shape {shape}" if shape else f"is {value!r}"
-            self.fail(
-                f"padding_value {what}, but must be a scalar (shape ()); use "
-                "jax.numpy.where for anything else.",
-                ValueError if shape else TypeError,
-            )
-        on_device = isinstance(value, jax.Array)
+        cast = _device_scalar if isinstance(value, jax.Array) else _host_scalar
         try:
-            return (_device_scalar if on_device else _host_scalar)(value, x.dtype)
+            return cast(value, x.dtype)
         except (TypeError, ValueError, OverflowError, AttributeError):
-            self.fail(
-                f"padding_value is {value!r}, which {self.x_name} with dtype {x.dtype} "
-                "cannot hold; use a scalar of that dtype.",
-                TypeError,
-            )
+            what = f"padding_value is {shown(value)}, but must be a scalar (shape ())"
+            holds = f"that {self.x_name} with dtype {x.dtype} can hold"
+            self.fail(f"{what} {holds}; use jax.numpy.where for others.", TypeError)
 
-    def integers(self, argument: str, given: Any) -> Any:
-        """Returns integers where they are: on the host or on a device."""
-        values = self._from_any(argument, given)
-        if values.dtype.kind in "iu":
-            return values
-        if jnp.issubdtype(values.dtype, jnp.integer):  # Kind V: int4 and its like.
-            return values.astype(np.int32) if isinstance(values, np.ndarray) else values
-        remedy = f"use .astype(int), or swap {self.x_name} and {argument}"
-        if values.dtype == bool:
-            remedy = "give a mask of valid steps as mask= to a scan or bidirectional, "
-            remedy += "as segment_ids=mask.astype(int), padding_id=0 to "
-            remedy += "reverse_segments; give flags of first steps as starts="
-        what = f"{argument} has dtype {values.dtype}, but must be integers"
-        self.fail(f"{what}; {remedy}.", TypeError)
-
-    def booleans(self, argument: str, given: Any) -> Any:
-        """Returns a mask where it is: on the host or on a device."""
-        values = self._from_any(argument, given)
-        if values.dtype != bool:
-            self.fail(
-                f"{argument} has dtype {values.dtype}, but must be boolean; compare it "
-                "with 0, or give lengths as lengths= and ids as segment_ids=.",
-                TypeError,
-            )
-        return values
-
-    def _from_any(self, argument: str, given: Any) -> Any:
-        """Converts with jnp if any leaf is on a device, else with NumPy."""
-        if isinstance(given, jax.Array):
-            return given
-        if isinstance(given, np.ma.MaskedArray):
-            self.fail(f"{argument} is a masked array; use .filled.", TypeError)
-        leaves = jax.tree.leaves(given)
-        on_device = any(isinstance(leaf, jax.Array) for leaf in leaves)
-        on_device |= hasattr(given, "__jax_array__")
+    def values(self, argument: str, given: Any, boolean: bool = False) -> Any:
+        """Returns integers or booleans where they are: on the host or on a device."""
         try:
-            values: Any = (jnp if on_device else np).asarray(given)
+            values = given if isinstance(given, jax.Array) else _from_any(given)
         except (TypeError, ValueError, OverflowError) as error:
-            self.fail(f"{argument} is not an array: {error}")
-        if values.size == 0 and not hasattr(given, "dtype"):
-            return values.astype(np.int32)  # NumPy makes floats of [].
-        if values.dtype.kind in "OSUm":
-            what = f"{argument} is {given!r} of type {type(given).__name__}"
-            self.fail(f"{what}; give integers of 64 bits at most.", TypeError)
-        return values
+            self.fail(f"{argument} is not an array: {error}.")
+        if values.dtype.kind in ("b" if boolean else "iu"):
+            return values
+        remedy = f"use .astype(int), or swap {self.x_name} and {argument}"
+        if boolean:
+            remedy = "compare with 0, or give lengths as lengths=, ids as segment_ids="
+        elif values.dtype == bool:
+            remedy = (
+                "give a mask as mask= to a scan or bidirectional, to others as "
+                "segment_ids=mask.astype(int), padding_id=0; give first steps as "
+                "starts="
+            )
+        elif jnp.issubdtype(values.dtype, jnp.integer):  # Kind V: int4 and its like.
+            return values.astype(np.int32) if isinstance(values, np.ndarray) else values
+        what = f"{argument} is {shown(given)}, but must be"
+        kind = "booleans" if boolean else "integers of 64 bits at most"
+        self.fail(f"{what} {kind}; {remedy}.", TypeError)
 
     @property
     def devices(self) -> int:
@@ -187,29 +138,45 @@ class Call(NamedTuple):
         if name is None:
             return 1
         names = name if isinstance(name, tuple) else (name,)
-        strings = bool(names) and all(isinstance(n, str) for n in names)
-        with suppress(NameError):
-            if strings and len(set(names)) == len(names):
+        with suppress(NameError, TypeError, ValueError):
+            if name and len({*names}) == len(names):
                 return lax.axis_size(name)
         self.fail(
             f"axis_name is {name!r}, but must name axes that are mapped here, each "
             "once, as a string or a tuple of strings; call inside jax.shard_map, or "
-            "leave axis_name out where the segment axis is not sharded.",
-            ValueError if strings else TypeError,
+            "leave axis_name out where the segment axis is not sharded."
         )
 
 
+def _from_host(x: Any) -> jax.Array:
+    """Converts without a copy. A NaN in the padding is no error."""
+    known = hasattr(x, "__array__") or hasattr(x, "__jax_array__")
+    with jax.debug_nans(False), jax.debug_infs(False):
+        return jnp.asarray(x if known else np.from_dlpack(x))
+
+
+def _from_any(given: Any) -> Any:
+    """Converts with jnp if any leaf is on a device, else with NumPy."""
+    if isinstance(given, np.ma.MaskedArray):
+        raise TypeError("it is masked; use .filled")
+    leaves = jax.tree.leaves(given)
+    on_device = any(isinstance(leaf, jax.Array) for leaf in leaves)
+    numpy: Any = jnp if on_device or hasattr(given, "__jax_array__") else np
+    values = numpy.asarray(given)
+    # NumPy makes floats of [].
+    return values if values.size or hasattr(given, "dtype") else values.astype(np.int32)
+
+
 def _device_scalar(value: Any, dtype: Any) -> jax.Array:
-    if value.dtype == dtype:  # Extended dtypes, those of keys, are never promoted.
-        return value
-    if jnp.result_type(dtype, value) != dtype:
+    same = value.dtype == dtype  # Extended dtypes, those of keys, are never promoted.
+    if value.ndim or not (same or jnp.result_type(dtype, value) == dtype):
         raise TypeError
-    return value.astype(dtype)
+    return value if same else value.astype(dtype)
 
 
 def _host_scalar(value: Any, dtype: Any) -> np.ndarray:
     """Casts the value, whatever its own dtype is, as JAX does for Python scalars."""
-    if isinstance(value, np.ma.MaskedArray):  # The mask would be lost.
+    if np.shape(value) or isinstance(value, np.ma.MaskedArray):  # The mask is lost.
         raise TypeError
     dtype, given = np.dtype(dtype), np.asarray(value).item()
     kind: Any = float if jnp.issubdtype(dtype, jnp.floating) else int

@@ -22,79 +22,55 @@ class HostValues(NamedTuple):
 
     def checked(self) -> tuple[np.ndarray, Layout]:
         """Returns segments in the dtype of positions; raises for a bad value."""
-        if self.layout.kind in ("mask", "starts"):
-            self._refuse_equal_blocks()
-            return self.values, self.layout
-        if self.layout.kind == "ids":
-            return self._ids()
-        check = self._offsets if self.name == "cu_seqlens" else self._lengths
-        return _as_positions(check(), self._size), self.layout
+        layout, devices = self.layout, self.call.devices
+        if not layout.per_step:
+            return _as_positions(self._lengths(), self._size), layout
+        if devices > 1:
+            what = f"{self.name} is on the host, the same on {devices} devices"
+            remedy = "pass it into shard_map in blocks, with in_specs like those of x"
+            self.call.fail(f"{what}; {remedy}.")
+        return self._ids() if layout.kind == "ids" else (self.values, layout)
 
     @property
     def _size(self) -> Any:
         """The global size of the segment axis."""
         return self.x_shape[self.layout.axis] * self.call.devices
 
-    @property
-    def _limit(self) -> str:
-        over = f" over {self.call.devices} devices" if self.call.devices > 1 else ""
-        at = f"axis {self.layout.axis} of {self.call.x_name}{over}"
-        return f"{self._size}, the size of {at}"
-
-    def _raise_at(self, bad: Any, rule: str, name: str = "", values: Any = None):
-        """Raises for the first value that breaks a rule."""
+    def _check(self, name: str, values: np.ndarray, remedy: str) -> None:
+        """Raises for the first value that is negative or passes the size."""
+        size, devices = self._size, self.call.devices
+        # A symbolic size is known only in the program.
+        bad = (values < 0) | (values > (size if isinstance(size, int) else np.inf))
         if np.any(bad):
-            values = self.values if values is None else values
             index = tuple(int(i) for i in np.argwhere(bad)[0])
             at = f"[{', '.join(map(str, index))}]" if index else ""
-            self.call.fail(f"{name or self.name}{at} is {values[index]}, but {rule}.")
+            over = f" over {devices} devices" * (devices > 1)
+            limit = f"{size}, the size of axis {self.layout.axis} of {self.call.x_name}"
+            what = f"{name}{at} is {values[index]}, but must lie between 0 and {limit}"
+            self.call.fail(f"{what}{over}; {remedy}.")
 
     def _lengths(self) -> np.ndarray:
-        values, size = self.values, self._size
-        # A symbolic size is known only in the program.
-        static = isinstance(size, int)
-        bad = (values < 0) | (values > size) if static else values < 0
+        """Returns the lengths, of offsets the differences."""
+        name, values, packed = self.name, self.values, self.layout.kind == "packed"
         remedy = "clip or correct it"
-        if not values.ndim and len(self.x_shape) > 1:
+        if name == "cu_seqlens":
+            if np.any(first := values[..., 0]):
+                self.call.fail(f"cu_seqlens[..., 0] is {first}, but must be 0.")
+            name, values = "np.diff(cu_seqlens)", np.diff(values.astype(np.int64))
+            remedy = "correct it, or name the axis with axis"
+        elif packed and self.call.reverses:
+            remedy = "correct it (for one length a row use reverse_sequence)"
+        elif packed:
+            remedy = "give lengths with sum(lengths) <= len(x), or swap x and lengths"
+        elif values.ndim == 0 and len(self.x_shape) > 1:
             remedy += ", or give one length for each row"
-        self._raise_at(bad, f"must lie between 0 and {self._limit}; {remedy}")
-        if self.layout.kind == "packed" and static:
+        self._check(name, values, remedy)
+        if packed:
             sums = np.asarray(values.astype(np.int64).sum(-1))
-            remedy = "correct them (for one length a row use reverse_sequence)"
-            if not self.call.reverses:
-                remedy = "give lengths with sum(lengths) <= len(x)"
-            self._raise_at(
-                sums > size,
-                f"must not pass {self._limit}; {remedy}",
-                "lengths.sum(-1)",
-                sums,
-            )
+            self._check(f"{name}.sum(-1)", sums, remedy)
         return values
 
-    def _offsets(self) -> np.ndarray:
-        values, size = self.values, self._size
-        bad = np.zeros(values.shape, bool)
-        bad[..., 0] = values[..., 0] != 0
-        self._raise_at(bad, "the first offset must be 0")
-        bad[..., 0], bad[..., 1:] = False, values[..., 1:] < values[..., :-1]
-        self._raise_at(bad, "must not be less than the offset before it; correct it")
-        if isinstance(size, int):
-            rule = (
-                f"must not pass {self._limit}; correct it, or name the axis with axis"
-            )
-            self._raise_at(values > size, rule)
-        return np.diff(values)
-
-    def _refuse_equal_blocks(self) -> None:
-        if self.call.devices > 1:
-            self.call.fail(
-                f"{self.name} is on the host, the same on all {self.call.devices} "
-                "devices of axis_name, which hold different blocks of it; pass it into "
-                "shard_map with in_specs like those of x."
-            )
-
     def _ids(self) -> tuple[np.ndarray, Layout]:
-        self._refuse_equal_blocks()
         # Ids that differ only past 32 bits would become equal on a device: number the
         # runs instead, from 1.
         values, layout = self.values, self.layout
@@ -110,6 +86,4 @@ class HostValues(NamedTuple):
 def _as_positions(values: np.ndarray, size: Any) -> np.ndarray:
     """Casts checked host values to the dtype of positions, saturating."""
     dtype = position_dtype(size)
-    if values.dtype.itemsize == 8:
-        values = np.asarray(np.minimum(values, np.iinfo(dtype).max))  # May be an int.
-    return values.astype(dtype, copy=False)
+    return np.asarray(np.minimum(values, np.int64(np.iinfo(dtype).max)), dtype)

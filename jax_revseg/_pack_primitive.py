@@ -71,11 +71,9 @@ def _pack_segments_abstract_eval(x, lengths, *, size, unpack, batch):
     moved = [("x", a, spec[a]) for a in range(batch, features)]
     for what, a, name in (*moved, ("the lengths", batch, lengths_spec[batch])):
         if name is not None:
-            raise ValueError(
-                f"{'un' * unpack}pack_segments: axis {a} of {what} is sharded over "
-                f"mesh axis {name!r}, but rows and steps change places here; replicate "
-                "that axis with jax.sharding.reshard first."
-            )
+            what = f"{'un' * unpack}pack_segments: axis {a} of {what} is sharded over"
+            why = f"mesh axis {name!r}, but rows and steps change places here"
+            raise ValueError(f"{what} {why}; replicate it with jax.sharding.reshard.")
     rows = [a or b for a, b in zip(spec[:batch], lengths_spec[:batch], strict=True)]
     spec = PartitionSpec(*rows, *[None] * len(shape), *spec[features:])
     mesh = (lengths if x.sharding.mesh.empty else x).sharding.mesh
@@ -101,10 +99,9 @@ def _pack_segments_batch(x, x_dim, lengths, lengths_dim, *, size, unpack, batch)
 
 
 def _pack_segments_checkify(x, lengths, *, size, unpack, batch):
-    if unpack:
-        return length_error("unpack_segments", lengths, size, "total_length")
-    size = x.shape[batch]
-    return length_error("pack_segments", lengths, size, "the size of axis 0 of x")
+    size, limit = size if unpack else x.shape[batch], "the size of axis 0 of x"
+    limit = "total_length" if unpack else limit
+    return length_error(f"{'un' * unpack}pack_segments", lengths, size, limit)
 
 
 def _pack_segments_lowering(ctx, x, lengths, *, size, unpack, batch):

@@ -7,6 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.export import is_symbolic_dim
 from jax.typing import ArrayLike
 
 from jax_revseg._arguments import Call, Integers
@@ -59,8 +60,7 @@ def pack_segments(
     """
     call = Call("pack_segments")
     x = call.array(x)
-    values = _rank_one(call, lengths)
-    values, _ = parse_segments(call, x, 0, (), lengths_kind="packed", lengths=values)
+    values, _ = parse_segments(call, x, 0, (), lengths_kind="packed", lengths=lengths)
     max_length = _size_or(call, "max_length", max_length, values, np.max)
     value = call.scalar(padding_value, x)
     rows = bind(x, values, size=max_length, unpack=False)
@@ -105,18 +105,19 @@ def unpack_segments(
     """
     call = Call("unpack_segments")
     x = call.array(x)
-    values = _rank_one(call, lengths)
+    values = call.values("lengths", lengths)
     if x.ndim < 2 or values.shape != x.shape[:1]:
-        call.fail(
-            f"lengths has shape {values.shape} and x has shape {x.shape}; x needs axes "
-            "for rows and steps, and lengths one entry for each row."
-        )
+        what = f"lengths has shape {values.shape} and x has shape {x.shape}; x needs"
+        call.fail(f"{what} axes for rows and steps, lengths one entry for each row.")
     if jnp.issubdtype(x.dtype, jax.dtypes.extended) or x.dtype == "float8_e8m0fnu":
         what = f"x has dtype {x.dtype}, which has no zero for the tail"
         remedy = "unpack jax.random.key_data(x) or x.view('uint8')"
         call.fail(f"{what}; {remedy}.", TypeError)
     if on_host := isinstance(values, np.ndarray):
-        values = _cut_host_lengths(call, values, x.shape[1])
+        for n in np.flatnonzero(values < 0):
+            call.fail(f"lengths[{n}] is {values[n]}, which is negative; correct it.")
+        steps = x.shape[1] if isinstance(x.shape[1], int) else 2**31 - 1
+        values = np.minimum(values, np.int64(steps)).astype(np.int32)
     total_length = _size_or(call, "total_length", total_length, values, np.sum)
     static = isinstance(x.shape[1], int) and isinstance(total_length, int)
     if on_host and static and (total := values.sum()) > total_length:
@@ -126,30 +127,13 @@ def unpack_segments(
     return bind(x, _saturate(x, values), size=total_length, unpack=True)
 
 
-def _rank_one(call: Call, lengths: Any) -> Any:
-    values = call.integers("lengths", lengths)
-    if values.ndim != 1:
-        call.fail(
-            f"lengths has rank {values.ndim} (shape {values.shape}), but must have "
-            "rank 1, one length for each segment; use jax.vmap over batches."
-        )
-    return values
-
-
 def _size_or(call: Call, argument: str, given: Any, lengths: Any, default: Any) -> Any:
-    if given is not None:
-        return call.size(argument, given)
+    if given is not None:  # Symbolic under `jax.export`.
+        return given if is_symbolic_dim(given) else call.integer(argument, given, 0)
     if isinstance(lengths, jax.Array):
         why = f"{argument} is left out, but the lengths are in a JAX array"
         call.fail(f"{why}, so their values are not known; give {argument}, an int.")
     return int(default(lengths.astype(np.int64), initial=0))
-
-
-def _cut_host_lengths(call: Call, lengths: np.ndarray, limit: Any) -> np.ndarray:
-    for n in np.flatnonzero(lengths < 0):
-        call.fail(f"lengths[{n}] is {lengths[n]}, which is negative; correct it.")
-    limit = min(limit, 2**31 - 1) if isinstance(limit, int) else 2**31 - 1
-    return np.minimum(lengths, np.int64(limit)).astype(np.int32)
 
 
 @compiled

@@ -33,17 +33,14 @@ def bind(x, segments, layout):
 
 def _exchange(name, layout):
     """Returns the code that exchanges blocks, in the terms of the user's call."""
+    both, packed = layout.function == "bidirectional", layout.kind == "packed"
     given = {"ids": "segment_ids", "starts": "starts"}.get(layout.kind, "lengths")
-    layers, more = "", "" if layout.padding_id is None else ", padding_id=..."
-    other = "; cu_seqlens= for offsets" if layout.kind == "packed" else ""
-    if layout.function == "bidirectional":
-        layers = "forward, backward, "
-        given = "cu_seqlens" if layout.kind == "packed" else given
+    given = "cu_seqlens" if both and packed else given
     return f""", or exchange blocks with axis_name={name!r}:
 
-    def f(x, {given}):  # With your other arguments{other}.
+    def f(x, {given}):  # With your other arguments{", or cu_seqlens" * packed}.
         return {layout.function}(
-            {layers}x, {given}={given}, axis_name={name!r}{more}
+            {"forward, backward, " * both}x, {given}={given}, axis_name={name!r}
         )
     mesh, specs = jax.typeof(x).sharding.mesh, (jax.P(...), jax.P(...))
     out = jax.shard_map(f, mesh=mesh, in_specs=specs, out_specs=specs[0])(x, {given})
@@ -63,15 +60,15 @@ def merged_spec(x, segments, layout):
     for i, name in enumerate(segments.sharding.spec):
         if name is None:
             continue
+        but = "it runs along the segment axis, which cannot be sharded"
         if i < len(layout.batch_axes):
             a = layout.batch_axes[i]
-            taken = set(jax.tree.leaves(spec)) & set(jax.tree.leaves(name))
-            if spec[a] == name or (spec[a] is None and not taken):
-                spec[a] = name
-                continue
             but = f"x, whose axis {a} goes with it, is sharded as {tuple(spec)}"
-        else:
-            but = "it runs along the segment axis, which cannot be sharded"
+            taken = set(jax.tree.leaves(spec)) & set(jax.tree.leaves(name))
+            if spec[a] is None and not taken:
+                spec[a] = name
+            if spec[a] == name:
+                continue
         raise ValueError(
             f"{layout.function}: axis {i} of the lengths or ids is sharded over mesh "
             f"axis {name!r}, but {but}. Give both the same sharding with "
@@ -116,13 +113,13 @@ def length_error(name, lengths, size, limit, *, packed=True):
     # Under explicit sharding every device must get the answer.
     everywhere = NamedSharding(jax.typeof(lengths).sharding.mesh, PartitionSpec())
     failed, value, *row = _compat.automatic(first_bad, everywhere)(lengths)
-    names = [f"i{n}" for n in range(len(row))]
-    where = f"[{', '.join(f'{{{n}}}' for n in names)}]" if names else ""
+    values = {f"i{n}": index for n, index in enumerate(row)}
+    where = f"[{', '.join(f'{{{n}}}' for n in values)}]" if values else ""
     rule = "must lie between 0 and"
     if packed:
         rule = "must not be negative (nor cu_seqlens decrease), nor sum to more than"
     message = f"{name}: lengths{where} is {{value}}, but {rule} {size}, {limit}."
-    return failed, message, {"value": value, **dict(zip(names, row, strict=True))}
+    return failed, message, {"value": value, **values}
 
 
 def _reverse_segments_checkify(x, segments, *, layout):

@@ -9,7 +9,7 @@ from __future__ import annotations
 import numpy as np
 
 
-def packed_bounds(lengths: np.ndarray, size: int) -> list[tuple[int, int]]:
+def packed_bounds(lengths, size):
     """The (start, end) of segments laid end to end, cut to the axis."""
     bounds, start = [], 0
     for length in lengths:
@@ -19,7 +19,7 @@ def packed_bounds(lengths: np.ndarray, size: int) -> list[tuple[int, int]]:
     return bounds
 
 
-def id_bounds(ids: np.ndarray, padding_id: int | None) -> list[tuple[int, int]]:
+def id_bounds(ids, padding_id):
     """The (start, end) of every run of equal ids, except runs of `padding_id`."""
     bounds, start = [], 0
     for t in range(1, len(ids) + 1):
@@ -30,21 +30,14 @@ def id_bounds(ids: np.ndarray, padding_id: int | None) -> list[tuple[int, int]]:
     return bounds
 
 
-def _rows(x: np.ndarray, axis: int, batch_axes: tuple[int, ...]) -> np.ndarray:
+def _rows(x, axis, batch_axes):
     """A view of `x` with the batch axes first and then the segment axis."""
     return np.moveaxis(x, (*batch_axes, axis), range(len(batch_axes) + 1))
 
 
 def reverse(
-    x: np.ndarray,
-    segments: np.ndarray,
-    *,
-    axis: int,
-    batch_axes: tuple[int, ...],
-    layout: str,
-    padding_id: int | None = None,
-    padding_value: object = None,
-) -> np.ndarray:
+    x, segments, *, axis, batch_axes, layout, padding_id=None, padding_value=None
+):
     """Reverses each segment of each row; everything else stays, or is overwritten."""
     out = x.copy() if padding_value is None else np.full_like(x, padding_value)
     rows, out_rows = _rows(x, axis, batch_axes), _rows(out, axis, batch_axes)
@@ -59,9 +52,7 @@ def reverse(
     return out
 
 
-def reverse_order(
-    x: np.ndarray, lengths: np.ndarray, *, axis: int, batch_axes: tuple[int, ...]
-) -> tuple[np.ndarray, np.ndarray]:
+def reverse_order(x, lengths, *, axis, batch_axes):
     """Lays the segments of each row down in the opposite order, each one intact."""
     out, out_lengths = x.copy(), np.zeros_like(lengths)
     rows, out_rows = _rows(x, axis, batch_axes), _rows(out, axis, batch_axes)
@@ -74,9 +65,7 @@ def reverse_order(
     return out, out_lengths
 
 
-def pack(
-    x: np.ndarray, lengths: np.ndarray, *, max_length: int, padding_value: object = 0
-) -> np.ndarray:
+def pack(x, lengths, *, max_length, padding_value=0):
     """One row for each segment, cut at `max_length`, padded at its end."""
     out = np.full((len(lengths), max_length, *x.shape[1:]), padding_value, x.dtype)
     for row, (start, end) in enumerate(packed_bounds(lengths, len(x))):
@@ -85,7 +74,7 @@ def pack(
     return out
 
 
-def unpack(x: np.ndarray, lengths: np.ndarray, *, total_length: int) -> np.ndarray:
+def unpack(x, lengths, *, total_length):
     """The valid steps of each row, one row after the other, then zeros."""
     out, steps = np.zeros((total_length, *x.shape[2:]), x.dtype), []
     for row, length in zip(x, lengths, strict=True):

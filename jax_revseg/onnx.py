@@ -20,7 +20,7 @@ from jax import lax
 
 from jax_revseg._compat import Primitive
 from jax_revseg._layout import Layout
-from jax_revseg._lowering import clip_lengths, starts_of
+from jax_revseg._lowering import clip_lengths, packed_ends, starts_of
 from jax_revseg._pack_primitive import pack_segments_p
 from jax_revseg._primitive import reverse_segments_p
 
@@ -49,11 +49,9 @@ def _inline(ctx: Any, eqn: Any, fun: Any, symbolic: bool = False) -> None:
         ctx.bind_value_for_var(outer, ctx.get_value_for_var(eqn.invars[0]))
         return
     if not symbolic and not all(isinstance(n, int) for n in sizes):
-        raise NotImplementedError(
-            f"{eqn.primitive.name}: ONNX export needs shapes of integers, but the "
-            f"operands have shapes {[aval.shape for aval in avals]}; export one model "
-            "for each size, and pad the inputs."
-        )
+        what = f"{eqn.primitive.name}: ONNX export needs shapes of integers, not"
+        remedy = "export one model for each size, and pad the inputs"
+        raise NotImplementedError(f"{what} {[a.shape for a in avals]}; {remedy}.")
     closed = jax.make_jaxpr(fun)(*avals)
     for var, value in zip(closed.jaxpr.constvars, closed.consts, strict=True):
         ctx.bind_const_for_var(var, value)
@@ -64,41 +62,34 @@ def _inline(ctx: Any, eqn: Any, fun: Any, symbolic: bool = False) -> None:
     ctx.bind_value_for_var(outer, ctx.get_value_for_var(inner))
 
 
-def _ends(lengths: jax.Array, size: int) -> jax.Array:
-    ends = lax.cumsum(clip_lengths(lengths, size), lengths.ndim - 1)
-    return jnp.minimum(ends, size)
-
-
-def _around(bounds: jax.Array, size: int) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Each position, the last bound at or before it, the first bound after it."""
-    bounds, t = bounds[..., None, :], lax.iota(jnp.int32, size)[:, None]
+def _around(bounds: jax.Array, t: jax.Array, size: int) -> tuple[jax.Array, jax.Array]:
+    """For each position, the last bound at or before it and the first one after it."""
+    bounds, t = bounds[..., None, :], t[:, None]
     before = jnp.max(jnp.where(bounds <= t, bounds, 0), -1)
-    return t[:, 0], before, jnp.min(jnp.where(bounds > t, bounds, size), -1)
+    return before, jnp.min(jnp.where(bounds > t, bounds, size), -1)
 
 
 def _source_index(segments: jax.Array, size: int, layout: Layout) -> jax.Array:
     """For each row and position, the position to read: `(rows, size)`."""
+    t, padding = lax.iota(jnp.int32, size), layout.padding_id
     if layout.per_step:
-        u = lax.iota(jnp.int32, size)
-        ends = segments[:, 1:]
+        starts = segments[:, 1:]
         if layout.kind == "ids":
-            ends = ends != segments[:, :-1]
-        bounds = jnp.where(ends, u[1:], 0)
-        valid = True
-        if layout.padding_id is not None:
-            valid = segments != jnp.asarray(layout.padding_id, segments.dtype)
+            starts = starts != segments[:, :-1]
+        bounds = jnp.where(starts, t[1:], 0)
+        valid = padding is None or segments != jnp.asarray(padding, segments.dtype)
     else:
-        bounds = _ends(segments if segments.ndim == 2 else segments[:, None], size)
-        valid = lax.iota(jnp.int32, size) < bounds[:, -1:]
-    t, start, end = _around(bounds, size)
+        bounds = packed_ends(segments.reshape(len(segments), -1), size)
+        valid = t < bounds[:, -1:]
+    start, end = _around(bounds, t, size)
     return jnp.where(valid, start + end - 1 - t, t)
 
 
-def _take(x: jax.Array, index: jax.Array, size: int) -> jax.Array:
+def _take(x: jax.Array, index: jax.Array) -> jax.Array:
     """Indexes axis 1 of x, row by row: one Gather node with a flat index."""
     rows = lax.iota(jnp.int32, x.shape[0]).reshape(-1, *[1] * (index.ndim - 1))
-    flat = x.reshape(x.shape[0] * size, *x.shape[2:])
-    return jnp.take(flat, rows * size + index, axis=0, mode="clip")
+    flat = x.reshape(x.shape[0] * x.shape[1], *x.shape[2:])
+    return jnp.take(flat, rows * x.shape[1] + index, axis=0, mode="clip")
 
 
 def _reverse(x: jax.Array, segments: jax.Array, *, layout: Layout, node: bool) -> Any:
@@ -112,7 +103,7 @@ def _reverse(x: jax.Array, segments: jax.Array, *, layout: Layout, node: bool) -
     if layout.kind == "padded" and node:
         out = _reverse_sequence_p.bind(flat, clip_lengths(segments, size))
     else:
-        out = _take(flat, _source_index(segments, size, layout), size)
+        out = _take(flat, _source_index(segments, size, layout))
     back = sorted(range(x.ndim), key=order.__getitem__)
     return lax.transpose(out.reshape(moved.shape), back)
 
@@ -133,48 +124,37 @@ class _ReverseSegments(PrimitiveLeafPlugin):
 class _ReverseSequence(PrimitiveLeafPlugin):
     def lower(self, ctx: Any, eqn: Any) -> None:
         x, lengths = map(ctx.get_value_for_var, eqn.invars)
-        lengths = ctx.builder.Cast(
-            lengths, to=ir.DataType.INT64, _outputs=[ctx.fresh_name("lengths")]
-        )
-        out = ctx.builder.ReverseSequence(
-            x,
-            lengths,
-            time_axis=1,
-            batch_axis=0,
-            _outputs=[ctx.fresh_name("reversed")],
-        )
-        lengths.type = ir.TensorType(ir.DataType.INT64)
+        int64, names = ir.DataType.INT64, [ctx.fresh_name("lengths")]
+        lengths = ctx.builder.Cast(lengths, to=int64, _outputs=names)
+        axes, names = dict(time_axis=1, batch_axis=0), [ctx.fresh_name("reversed")]
+        out = ctx.builder.ReverseSequence(x, lengths, **axes, _outputs=names)
+        lengths.type = ir.TensorType(int64)
         out.type, out.shape = x.type, x.shape
         ctx.bind_value_for_var(eqn.outvars[0], out)
 
 
 def _pack(x: jax.Array, lengths: jax.Array, *, size: int, unpack: bool, batch: int):
     """Packs or unpacks by one gather."""
-    total = size if unpack else x.shape[batch]
-    out_shape = (size,) if unpack else (lengths.shape[-1], size)
-    out_shape = (*x.shape[:batch], *out_shape, *x.shape[batch + 1 + unpack :])
+    features, rows, t = batch + 1 + unpack, lengths.shape[-1], lax.iota(jnp.int32, size)
+    out_shape = (size,) if unpack else (rows, size)
+    out_shape = (*x.shape[:batch], *out_shape, *x.shape[features:])
     if 0 in (*x.shape, *out_shape):
         return jnp.zeros(out_shape, x.dtype)
-    outer, rows = math.prod(x.shape[:batch]), lengths.shape[-1]
-    ends = _ends(lengths.reshape(outer, rows), total)
-    starts = starts_of(ends)
+    steps, outer = math.prod(x.shape[batch:features]), math.prod(x.shape[:batch])
+    ends = packed_ends(lengths.reshape(outer, rows), size if unpack else steps)
     if unpack:
         limit = x.shape[batch + 1]
-        t = lax.iota(jnp.int32, size)
         row = jnp.sum(ends[:, None] <= t[:, None], -1, dtype=jnp.int32)
-        step = t - _around(ends, size)[1]
-        valid = (row < rows) & (step < limit)
-        index, inner = row * limit + step, rows * limit
+        step = t - _around(ends, t, size)[0]
+        valid, index = (row < rows) & (step < limit), row * limit + step
     else:
-        t = lax.iota(jnp.int32, size)
-        valid = t < (ends - starts)[..., None]
-        index, inner = starts[..., None] + t, total
+        starts = starts_of(ends)[..., None]
+        valid, index = t < ends[..., None] - starts, starts + t
     # One step of zeros, because Where in ONNX Runtime turns -0.0 into 0.0.
-    flat = x.reshape(outer, inner, *x.shape[batch + 1 + unpack :])
-    flat = lax.pad(
-        flat, jnp.zeros((), x.dtype), [(0, a == 1, 0) for a in range(flat.ndim)]
-    )
-    return _take(flat, jnp.where(valid, index, inner), inner + 1).reshape(out_shape)
+    flat = x.reshape(outer, steps, *x.shape[features:])
+    grow = [(0, a == 1, 0) for a in range(flat.ndim)]
+    flat = lax.pad(flat, jnp.zeros((), x.dtype), grow)
+    return _take(flat, jnp.where(valid, index, steps)).reshape(out_shape)
 
 
 @register_primitive(jaxpr_primitive=pack_segments_p.name)

@@ -259,10 +259,10 @@ def test_errors():
     for changed, error, pattern in (
         (dict(x=[]), ValueError, r"x is \[\].*at least 1"),
         (dict(x="abc"), TypeError, "x must be an array.*type str"),
-        (dict(x=both), ValueError, r"\(3,\).*\(4,\)"),
-        (dict(lengths=[1, 2]), ValueError, r"\(4,\).*lengths has \(2,\)"),
+        (dict(x=both), ValueError, r"\(4,\).*\(3,\)"),
+        (dict(lengths=[1, 2]), ValueError, r"lengths has .*\(2,\).*\(4,\)"),
         (dict(lengths=[8] * 4), ValueError, r"lengths\[0\] is 8.*0 and 7"),
-        (dict(lengths=[1.0] * 4), TypeError, "lengths has dtype float64"),
+        (dict(lengths=[1.0] * 4), TypeError, "lengths is .*1.0"),
         (dict(lengths=None), ValueError, "exactly one of .*starts, mask"),
         (dict(axis=3), ValueError, "axis is 3.*rank 3"),
         (dict(segment_ids=IDS[:3]), ValueError, r"segment_ids has .*\(3, 7"),
@@ -277,7 +277,7 @@ def test_errors():
         (dict(merge=sum), ValueError, r"merge .*sum.*jax\.numpy\.add"),
         (dict(merge="sum"), TypeError, r"merge is 'sum'.*jax\.numpy\.add"),
         (dict(forward=None), TypeError, "forward is None"),
-        (dict(backward=sums(X)), TypeError, "backward is .*of type ArrayImpl"),
+        (dict(backward=sums(X)), TypeError, r"backward is int32\["),
     ):
         if {"segment_ids", "cu_seqlens", "mask"} & {*changed}:
             changed["lengths"] = None
