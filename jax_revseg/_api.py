@@ -39,11 +39,13 @@ def reverse_rows(
     call: Call, x: jax.Array, segments: Any, layout: Layout, padding_value: Any = None
 ) -> jax.Array:
     """Reverses the segments of checked arguments; `bidirectional` enters here."""
-    x, segments, restore = whole_rows(call, x, segments, layout)
+    restore = None
+    if call.axis_name is not None:
+        x, segments, restore = whole_rows(call, x, segments, layout)
     out = _reverse(x, segments, layout)
     if padding_value is not None:
         out = fill(out, segments, padding_value, layout)
-    return restore(out)
+    return out if restore is None else restore(out)
 
 
 def reverse_sequence(

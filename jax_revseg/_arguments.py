@@ -106,14 +106,16 @@ class Call(NamedTuple):
         except (TypeError, ValueError, OverflowError, AttributeError):
             what = f"padding_value is {shown(value)}, but must be a scalar (shape ())"
             holds = f"that {self.x_name} with dtype {x.dtype} can hold"
-            self.fail(f"{what} {holds}; use jax.numpy.where for others.", TypeError)
+            error = ValueError if getattr(value, "shape", ()) else TypeError
+            self.fail(f"{what} {holds}; use jax.numpy.where for others.", error)
 
     def values(self, argument: str, given: Any, boolean: bool = False) -> Any:
         """Returns integers or booleans where they are: on the host or on a device."""
         try:
             values = given if isinstance(given, jax.Array) else _from_any(given)
         except (TypeError, ValueError, OverflowError) as error:
-            self.fail(f"{argument} is not an array: {error}.")
+            kind = TypeError if isinstance(error, TypeError) else ValueError
+            self.fail(f"{argument} is not an array: {error}.", kind)
         if values.dtype.kind in ("b" if boolean else "iu"):
             return values
         remedy = f"use .astype(int), or swap {self.x_name} and {argument}"
@@ -138,13 +140,15 @@ class Call(NamedTuple):
         if name is None:
             return 1
         names = name if isinstance(name, tuple) else (name,)
-        with suppress(NameError, TypeError, ValueError):
-            if name and len({*names}) == len(names):
+        strings = name != () and all(isinstance(n, str) for n in names)
+        with suppress(NameError):
+            if strings and len({*names}) == len(names):
                 return lax.axis_size(name)
         self.fail(
             f"axis_name is {name!r}, but must name axes that are mapped here, each "
             "once, as a string or a tuple of strings; call inside jax.shard_map, or "
-            "leave axis_name out where the segment axis is not sharded."
+            "leave axis_name out where the segment axis is not sharded.",
+            ValueError if strings else TypeError,
         )
 
 

@@ -185,8 +185,8 @@ def _check_output(
         call.fail(
             f"{name} returned output{keystr(path)} of shape {shape}, but every "
             f"output must have sizes {sizes} at axes {axes}, as x has; return only "
-            "the outputs, and for final states use scan_segments or "
-            "bidirectional_scan."
+            "the outputs, and for final states use scan_segments or bidirectional_scan"
+            f"{'; give a mask or ids as mask= or segment_ids=' * (len(axes) > 2)}."
         )
     if concatenated and len(shape) == len(axes):
         call.fail(
@@ -207,7 +207,7 @@ def _fill(x, segments, *, call, layout):
 def _to_front(x, mask, *, layout):
     """Moves the valid steps of each row to its front."""
     mask = jnp.moveaxis(mask, -1, at := time_axis(layout))
-    return gather_rows(x, jnp.argsort(~mask, at), layout)
+    return gather_rows(x, jnp.argsort(~mask, at)[..., None], layout)
 
 
 @compiled
@@ -215,7 +215,7 @@ def _back(y, mask, *, layout):
     """Moves steps from the front back to where they are valid."""
     mask = jnp.moveaxis(mask, -1, at := time_axis(layout))
     rank = lax.cumsum(mask.astype(jnp.int32), at)
-    y = gather_rows(y, jnp.maximum(rank - 1, 0), layout)
+    y = gather_rows(y, jnp.maximum(rank - 1, 0)[..., None], layout)
     return zero_padding(y, with_features(mask, y.ndim, layout))
 
 

@@ -113,7 +113,9 @@ def check_carry_in(
     got, want = types_of(value), types_of(like)
     if jax.tree.flatten(got) != jax.tree.flatten(want):
         what = f"{name} is {got}, but must be {want}, like {other}"
-        call.fail(f"{what}; make structure, shapes and dtypes equal.")
+        a, b = ([x.shape for x in jax.tree.leaves(tree)] for tree in (value, like))
+        error = TypeError if a == b and name == "carry_in" else ValueError
+        call.fail(f"{what}; make structure, shapes and dtypes equal.", error)
 
 
 def check_unroll(call: Call, unroll: Any) -> int | bool:

@@ -202,6 +202,15 @@ def align(values: jax.Array, ndim: int, layout: Layout) -> jax.Array:
     return lax.expand_dims(lax.transpose(values, order), others)
 
 
+def pad_to_multiple(x: Any, axis: int, multiple: int, value: Any = 0) -> jax.Array:
+    """Lengthens an axis to a multiple."""
+    missing = -x.shape[axis] % multiple
+    if missing == 0:
+        return x
+    shape = (*x.shape[:axis], missing, *x.shape[axis + 1 :])
+    return lax.concatenate([x, lax.full_like(x, value, shape=shape)], axis)
+
+
 def fill(x: jax.Array, segments: Any, value: Any, layout: Layout) -> jax.Array:
     """Writes a scalar into the padding of `x`."""
     if isinstance(value, np.ndarray) and not _compat.staged():
@@ -252,15 +261,18 @@ def _gather(x, index, axis, rows, window):
 
 
 def gather_rows(x, index, layout):
-    """Indexes the segment axis of each row; features move in one piece."""
+    """Indexes the segment axis of each row; features move in one piece.
+
+    The index lies like `x` without its features, with one more axis of size 1.
+    """
     rows = sorted(layout.batch_axes)
-    return _gather(x, index[..., None], layout.axis, rows, window=False)
+    return _gather(x, index, layout.axis, rows, window=False)
 
 
 def _reverse_rows(x, segments, layout):
     axis, batch_axes = layout.axis, layout.batch_axes
     index = align(source_index(segments, x.shape[axis], layout), x.ndim, layout)
-    index = index.reshape([x.shape[a] for a in sorted((*batch_axes, axis))])
+    index = index.reshape(*(x.shape[a] for a in sorted((*batch_axes, axis))), 1)
     return gather_rows(x, index, layout)
 
 

@@ -20,6 +20,7 @@ from jax_revseg import _compat
 from jax_revseg._arguments import Call
 from jax_revseg._carry import alike, check_step
 from jax_revseg._layout import Layout
+from jax_revseg._lowering import pad_to_multiple
 from jax_revseg._steps import (
     fill_padding,
     find_steps,
@@ -59,8 +60,7 @@ def _prepare(
     layout = layout._replace(axis=0, batch_axes=tuple(over))
     _, size = _sizes(xs, layout)
     steps = find_steps(call, segments, size, layout, reverse)
-    grow = chunk if chunk and size % chunk else 0  # More padding, to a multiple.
-    if grow and steps.valid is None:
+    if chunk and size % chunk and steps.valid is None:  # There will be padding.
         steps = steps._replace(valid=jnp.ones_like(steps.starts))
     init, carry_in, xs, steps = alike(
         call, (init, rows), (carry_in, rows), (xs, over), (steps, over)
@@ -79,15 +79,11 @@ def _prepare(
         first = jax.tree.map(lambda x: first_valid(x, steps.first, layout)[0], xs)
         if chunk:  # The gradient saves xs, where `jax.debug_nans` must find no NaN.
             xs = jax.tree.map(lambda x: fill_padding(x, steps, layout), xs)
-    if grow:
-        xs, valid = jax.tree.map(partial(_grow, grow, 0), (xs, valid))
-        starts = jax.tree.map(partial(_grow, grow, True), starts)
+    if chunk:
+        grow = partial(pad_to_multiple, axis=0, multiple=chunk)
+        xs, valid = jax.tree.map(grow, (xs, valid))
+        starts = jax.tree.map(partial(grow, value=True), starts)
     return _Loop(carry, init, padding, first, xs, valid, starts)
-
-
-def _grow(multiple: int, value: Any, x: jax.Array) -> jax.Array:
-    shape = (-x.shape[0] % multiple, *x.shape[1:])
-    return lax.concatenate([x, lax.full_like(x, value, shape=shape)], 0)
 
 
 def _saving_little(fun: Any, *operands: Any) -> Any:

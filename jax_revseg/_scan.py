@@ -136,8 +136,7 @@ def scan_segments(
     if carry_in is not None:
         carry_in = carry_arrays(call, "carry_in", carry_in, batch)
         check_carry_in(call, carry_in, "init", init)
-    if chunk is not None and call.integer("chunk", chunk) < 1:
-        call.fail(f"chunk is {chunk}; use 1 or more, or None for one plain loop.")
+    chunk = chunk if chunk is None else call.integer("chunk", chunk, 1)
     more = dict(reverse=call.flag("reverse", reverse), unroll=unroll, chunk=chunk)
     operands = init, carry_in, xs, segments
     return run(scan_rows, f, *operands, call=call, layout=layout, **more)

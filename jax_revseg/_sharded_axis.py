@@ -24,6 +24,7 @@ from jax import lax
 
 from jax_revseg._arguments import Call
 from jax_revseg._layout import Layout
+from jax_revseg._lowering import pad_to_multiple
 
 
 def whole_rows(
@@ -45,7 +46,9 @@ def whole_rows(
         out = lax.all_to_all(out, name, axis, cut, tiled=True)
         return lax.slice_in_dim(out, 0, x.shape[cut], axis=cut)
 
-    whole = lax.all_to_all(_pad(x, cut, devices), name, cut, axis, tiled=True)
+    whole = lax.all_to_all(
+        pad_to_multiple(x, cut, devices), name, cut, axis, tiled=True
+    )
     return whole, _segments_of_rows(call, segments, layout, cut), restore
 
 
@@ -69,16 +72,8 @@ def _segments_of_rows(call: Call, segments: Any, layout: Layout, cut: int) -> An
             return lax.all_gather(segments, name, axis=last, tiled=True)
         return segments
     row = layout.batch_axes.index(cut)
-    segments = _pad(segments, row, devices)
+    segments = pad_to_multiple(segments, row, devices)
     if layout.per_step:
         return lax.all_to_all(segments, name, row, last, tiled=True)
     rows = segments.shape[row] // devices
     return lax.dynamic_slice_in_dim(segments, lax.axis_index(name) * rows, rows, row)
-
-
-def _pad(x: Any, axis: int, multiple: int) -> jax.Array:
-    missing = -x.shape[axis] % multiple
-    if missing == 0:
-        return x
-    shape = (*x.shape[:axis], missing, *x.shape[axis + 1 :])
-    return lax.concatenate([x, lax.full_like(x, 0, shape=shape)], axis)

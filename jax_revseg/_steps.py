@@ -111,6 +111,18 @@ def _packed_starts(ends: jax.Array, t: jax.Array, start: Any, layout: Layout) ->
     return ((keys != shift(keys, 1)) & (t != start)) | (first & (t == start))
 
 
+def _valid_and_starts(call: Call, marks: Any, zero: Any, at: int, layout: Layout):
+    """The masks of an encoding that has an entry for each step."""
+    if layout.kind == "mask":  # A masked step holds the carry.
+        return marks, None
+    if layout.kind == "starts":
+        return None, marks | zero
+    starts = (marks != _neighbours(call, marks, 1, at)) | zero
+    if layout.padding_id is None:
+        return None, starts
+    return marks != jnp.asarray(layout.padding_id, marks.dtype), starts
+
+
 def find_steps(
     call: Call, segments: Any, size: Any, layout: Layout, reverse: bool = False
 ) -> Steps:
@@ -126,15 +138,8 @@ def find_steps(
     first = lax.index_in_dim(local, -1 if reverse else 0, at)
     valid = starts = None
     if layout.per_step:
-        segments = jnp.moveaxis(segments, -1, at)
-        if kind == "mask":  # A masked step holds the carry.
-            valid = segments
-        elif kind == "starts":
-            starts = segments | (t == 0)
-        else:
-            starts = (segments != _neighbours(call, segments, 1, at)) | (t == 0)
-            if layout.padding_id is not None:
-                valid = segments != jnp.asarray(layout.padding_id, segments.dtype)
+        marks = jnp.moveaxis(segments, -1, at)
+        valid, starts = _valid_and_starts(call, marks, t == 0, at, layout)
         if valid is not None:
             back = local if reverse else size - 1 - local
             back = jnp.max(jnp.where(valid, back, -1), at, keepdims=True)
@@ -142,7 +147,6 @@ def find_steps(
     else:
         if kind == "padded":
             end = _checked(clip_lengths(segments, total), segments, total, layout)
-            starts = t == 0
         else:
             ends = _checked(packed_ends(segments, total), segments, total, layout)
             end = last_end(ends)
@@ -151,11 +155,13 @@ def find_steps(
         end = lax.expand_dims(lax.transpose(end, order), [at])
         valid, count = t < end, _inside(end, start, size).astype(jnp.int32)
         first = (count if reverse else jnp.minimum(count, 1)) - 1
-    if starts is not None:
-        if reverse:  # A segment starts where it ends.
-            starts = starts if valid is None else starts | ~valid
-            starts = _neighbours(call, starts, -1, at) | (t == total - 1)
+        if kind == "padded":
+            starts = t == (end - 1 if reverse else 0)
+    if reverse and starts is not None and kind != "padded":  # It starts at its end.
         starts = starts if valid is None else starts | ~valid
+        starts = _neighbours(call, starts, -1, at) | (t == total - 1)
+    if valid is not None and starts is not None:
+        starts |= ~valid
     return Steps(valid, starts, first)
 
 
@@ -176,7 +182,7 @@ def is_at(index: jax.Array, like: jax.Array, at: int) -> jax.Array:
 
 def take_step(x: jax.Array, index: jax.Array, layout: Layout) -> jax.Array:
     """Takes one step of each row; the segment axis stays, with size 1."""
-    return gather_rows(x, jnp.maximum(index, 0), layout)
+    return gather_rows(x, jnp.maximum(index, 0)[..., None], layout)
 
 
 def first_valid(x: jax.Array, first: jax.Array, layout: Layout) -> jax.Array:

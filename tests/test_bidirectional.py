@@ -274,6 +274,8 @@ def test_errors():
             ValueError,
             r"forward .*\(4, 7\).*\(0, 1\).*jax\.numpy\.add",
         ),
+        (dict(forward=first, lengths=FRONT.astype(int)), ValueError, "forward .*mask="),
+        (dict(merge=jnp.concatenate), ValueError, r"merge is concat.*jax\.numpy\.add"),
         (dict(merge=sum), ValueError, r"merge .*sum.*jax\.numpy\.add"),
         (dict(merge="sum"), TypeError, r"merge is 'sum'.*jax\.numpy\.add"),
         (dict(forward=None), TypeError, "forward is None"),
