@@ -10,17 +10,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jax_revseg import (
-    associative_scan_segments,
-    bidirectional,
-    bidirectional_scan,
-    pack_segments,
-    reverse_segment_order,
-    reverse_segments,
-    reverse_sequence,
-    scan_segments,
-    unpack_segments,
-)
+import jax_revseg
+from jax_revseg import reverse_segments, reverse_sequence, scan_segments
 
 
 @jax.jit  # Outside jit, NumPy's operators and slices move constants from the host.
@@ -39,10 +30,10 @@ def sums(x):
 
 
 stack = jax.jit(lambda a, b: jnp.stack([a, b], -1))
-both_sums = partial(bidirectional, sums, sums, merge=stack)
-sums_of = partial(associative_scan_segments, jax.jit(jnp.add))
+both_sums = partial(jax_revseg.bidirectional, sums, sums, merge=stack)
+sums_of = partial(jax_revseg.associative_scan_segments, jax.jit(jnp.add))
 
-REVERSALS = {
+LINEAR = {
     "lengths": lambda x, o: reverse_sequence(x, o["n"]),
     "lengths value": lambda x, o: reverse_sequence(x, o["n"], padding_value=2),
     "value on device": lambda x, o: reverse_sequence(x, o["n"], padding_value=o["one"]),
@@ -50,16 +41,14 @@ REVERSALS = {
     "ids": lambda x, o: reverse_segments(x, segment_ids=o["ids"], padding_id=0),
     "offsets": lambda x, o: reverse_segments(x, cu_seqlens=o["offsets"]),
     "starts": lambda x, o: reverse_segments(x, starts=o["starts"]),
-    "order": lambda x, o: reverse_segment_order(x, o["k"]),
+    "order": lambda x, o: jax_revseg.reverse_segment_order(x, o["k"]),
     "bidirectional": lambda x, o: both_sums(x, o["n"]),
     "bidirectional mask": lambda x, o: both_sums(x, mask=o["mask"]),
-}
-PACKING = {
-    "pack": lambda x, o: pack_segments(x, o["few"], max_length=3),
-    "pack value": lambda x, o: pack_segments(
+    "pack": lambda x, o: jax_revseg.pack_segments(x, o["few"], max_length=3),
+    "pack value": lambda x, o: jax_revseg.pack_segments(
         x, o["few"], max_length=3, padding_value=2
     ),
-    "unpack": lambda x, o: unpack_segments(x, o["n"], total_length=9),
+    "unpack": lambda x, o: jax_revseg.unpack_segments(x, o["n"], total_length=9),
 }
 SCANS = {
     "scan lengths": lambda x, o: scan_segments(step, o["init"], x, o["n"]),
@@ -70,7 +59,7 @@ SCANS = {
         step, o["init"], x, starts=o["starts"], carry_in=o["carry"], chunk=4
     ),
     "scan mask": lambda x, o: scan_segments(step, o["init"], x, mask=o["mask"]),
-    "both": lambda x, o: bidirectional_scan(
+    "both": lambda x, o: jax_revseg.bidirectional_scan(
         scaled, (o["one"],) * 2, (o["init"],) * 2, x, o["n"]
     ),
     "associative": lambda x, o: sums_of(x, segment_ids=o["ids"], padding_id=0),
@@ -78,7 +67,7 @@ SCANS = {
         x, starts=o["starts"], carry_in=o["carry"], reverse=True
     ),
 }
-FUNCTIONS = REVERSALS | PACKING | SCANS
+FUNCTIONS = LINEAR | SCANS
 FEW = ("lengths", "packed", "ids", "pack", "unpack", "scan ids", "associative")
 FEW = {name: FUNCTIONS[name] for name in FEW}
 

@@ -24,11 +24,11 @@ def integers(shape: tuple[int, ...], seed: int = 0) -> np.ndarray:
 SIZES = {"a": 4, "b": 2}
 
 
-def mesh(kinds: str = "auto auto") -> Mesh:
-    """A mesh of 4 by 2 devices, axes "a" and "b", each auto or explicit."""
-    types = {"auto": AxisType.Auto, "explicit": AxisType.Explicit}
-    kind = tuple(types[kind] for kind in kinds.split())
-    return jax.make_mesh(tuple(SIZES.values()), tuple(SIZES), axis_types=kind)
+def make_mesh(kinds: str = "Auto", **sizes: int) -> Mesh:
+    """A mesh of axes of `sizes`, or "a" and "b", all of one kind or each of its own."""
+    sizes, types = sizes or SIZES, [AxisType[kind] for kind in kinds.split()]
+    types *= len(sizes) // len(types)
+    return jax.make_mesh(tuple(sizes.values()), tuple(sizes), axis_types=tuple(types))
 
 
 def calls(xs, segments, **more):

@@ -11,10 +11,11 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
+from jax.sharding import NamedSharding, PartitionSpec as P
 
 from jax_revseg import _reference, associative_scan_segments
 from tests.cases import Case
+from tests.meshes import make_mesh, with_gradients
 
 ROWS = Case("processes", (8, 6, 4), layout="packed")
 
@@ -31,18 +32,10 @@ def check(out, expected):
 
 
 def value_and_gradient(call, mesh, operands, specs):
-    @jax.jit
-    def both(x, segments, ct):
-        y, vjp = jax.vjp(lambda x: call(x, segments), x)
-        return y, vjp(ct)[0]
-
-    y, x_bar = both(*map(partial(globally, mesh), operands, specs))
+    run = jax.jit(partial(with_gradients, call))
+    y, x_bar = run(*map(partial(globally, mesh), operands, specs))
     assert not y.is_fully_addressable  # Or nothing is shared.
     return y, x_bar
-
-
-def make_mesh(axis_type=AxisType.Auto):
-    return jax.make_mesh((jax.device_count(),), ("a",), axis_types=(axis_type,))
 
 
 def check_rows():
@@ -50,7 +43,7 @@ def check_rows():
     x, ct = rng.integers(-9, 10, (2, *ROWS.shape)).astype(np.float32)
     segments, rows = ROWS.segments(), P("a")
     want = ROWS.expected(ct, segments)
-    for mesh in map(make_mesh, (AxisType.Auto, AxisType.Explicit)):
+    for mesh in (make_mesh(a=4), make_mesh("Explicit", a=4)):
         with jax.set_mesh(mesh):
             operands = x, segments, ct
             y, x_bar = value_and_gradient(ROWS.call, mesh, operands, (rows,) * 3)
@@ -58,7 +51,7 @@ def check_rows():
         check(x_bar, want)
 
     # Two rows that all devices share: the gradient is a sum over both processes.
-    mesh, shared = make_mesh(), x[:2]
+    mesh, shared = make_mesh(a=4), x[:2]
     call = jax.shard_map(ROWS.call, mesh=mesh, in_specs=(P(), rows), out_specs=rows)
     operands = shared, segments, ct
     y, x_bar = value_and_gradient(call, mesh, operands, (P(), rows, rows))
@@ -68,7 +61,7 @@ def check_rows():
 
 def check_steps():
     """A segment axis over both processes: exchanged for rows, and scanned in blocks."""
-    case, mesh = Case("steps", (4, 16, 3), layout="ids"), make_mesh()
+    case, mesh = Case("steps", (4, 16, 3), layout="ids"), make_mesh(a=4)
     ids, blocks = case.segments(), P(None, "a")
     numbers = np.random.default_rng(0).integers(-9, 10, (2, *case.shape))
     x, ct = numbers.astype(np.float32)  # Whole numbers: no rounding.

@@ -12,12 +12,8 @@ from jax.experimental.layout import Format, Layout
 from jax.sharding import SingleDeviceSharding
 
 from jax_revseg import reverse_sequence
-from tests.cases import DTYPES, WIDE, Case, assert_same_bits, enable_x64, random_bits
+from tests.cases import DTYPES, SMALL, Case, assert_same_bits, enable_x64, random_bits
 
-CASES = tuple(
-    Case(f"{layout}-arrays", (4, 7, 2), layout=layout, padding_id=0)
-    for layout in ("padded", "packed", "ids")
-)
 LENGTHS = np.array([3, 7, 0, 4])
 ROWS = Case("rows", (4, 7, 2))
 
@@ -39,7 +35,7 @@ def test_every_dtype_under_a_stack():
         rng = np.random.default_rng(0)
         xs = {d: random_bits(rng, (4, 7, 2), d) for d in DTYPES}
         xs["keys"] = jax.random.split(jax.random.key(0), (4, 7, 2))
-        cases = dict(zip(xs, itertools.cycle(CASES), strict=False))
+        cases = dict(zip(xs, itertools.cycle(SMALL[:3]), strict=False))
         segments = {d: cases[d].segments() for d in xs}
         linear = [d for d in DTYPES if jnp.issubdtype(d, jnp.inexact)]
 
@@ -53,7 +49,6 @@ def test_every_dtype_under_a_stack():
             return ys, bars
 
         ys, bars = run(xs, segments)
-    assert set(WIDE) <= set(ys)
     data = np.asarray(jax.random.key_data(xs.pop("keys")))
     want = cases["keys"].expected(data, segments["keys"])
     np.testing.assert_array_equal(jax.random.key_data(ys["keys"]), want)

@@ -9,22 +9,9 @@ import numpy as np
 import pytest
 
 from jax_revseg import associative_scan_segments
-from tests.meshes import bytes_received
-from tests.ragged import (
-    LONGER,
-    PACKED,
-    TRACED,
-    N,
-    T,
-    close,
-    combine_by_hand,
-    digits,
-    gradients,
-    join,
-    same,
-    split,
-    valid_steps,
-)
+from tests import ragged
+from tests.meshes import bytes_received, make_mesh
+from tests.ragged import PACKED, N, T, close, combine_by_hand, digits, gradients, same
 
 BOTH_WAYS = (False, True)
 
@@ -55,7 +42,7 @@ def test_each_segment_is_combined_alone():
         "ids": (True, True),
         "ids and padding": (True, True),
     }
-    valid = {name: valid_steps(**PACKED[name]) for name in cases}
+    valid = {name: ragged.valid_steps(**PACKED[name]) for name in cases}
 
     def at_padding(fill):
         fill = np.float32(fill)
@@ -77,10 +64,10 @@ def test_each_segment_is_combined_alone():
             for name in cases
         }
 
-    want = run(combine_by_hand, at_padding(1), TRACED)
+    want = run(combine_by_hand, at_padding(1), ragged.TRACED)
     scans = jax.jit(partial(run, associative_scan_segments))
     for bad in (np.nan, np.inf, 0):
-        close(scans(at_padding(bad), TRACED), want)  # Padding gets zeros, too.
+        close(scans(at_padding(bad), ragged.TRACED), want)  # Padding gets zeros, too.
 
 
 INF = float("inf")
@@ -114,14 +101,9 @@ def test_gradients_stay_within_a_segment():
 needs_8_devices = pytest.mark.skipif(jax.device_count() < 8, reason="needs 8 devices")
 
 
-def make_mesh():
-    kinds = (jax.sharding.AxisType.Auto,) * 2
-    return jax.make_mesh((4, 2), ("s", "r"), axis_types=kinds)
-
-
 def over_blocks(fn, encoding, rows, steps, elems, carry_in=None, reverse=False):
     """The scan of whole arrays, each device working on its block."""
-    key, segments, static = split(encoding)
+    key, segments, static = ragged.split(encoding)
     both, row = jax.P(rows, steps), jax.P(rows)
 
     def local(elems, carry_in, segments):
@@ -129,7 +111,7 @@ def over_blocks(fn, encoding, rows, steps, elems, carry_in=None, reverse=False):
         return associative_scan_segments(fn, elems, **{key: segments}, **more)
 
     specs = both, row, both if key in ("segment_ids", "starts") else row
-    f = jax.shard_map(local, mesh=make_mesh(), in_specs=specs, out_specs=both)
+    f = jax.shard_map(local, mesh=make_mesh(s=4, r=2), in_specs=specs, out_specs=both)
     return f(elems, carry_in, segments)
 
 
@@ -151,8 +133,9 @@ def test_a_sharded_segment_axis(name, rows, steps, reverse, carried):
     """Fails if a state leaks over the edge of a block, or stops there."""
     elems, carry_in = digits(N, T + 1), jax.tree.map(lambda x: x[:, 0], digits(N, 1))
     how = carry_in if carried else None, reverse
-    scan = partial(over_blocks, join, LONGER[name], rows, steps, reverse=reverse)
-    want = combine_by_hand(join, elems, *how, **LONGER[name])
+    longer, join = ragged.LONGER[name], ragged.join
+    scan = partial(over_blocks, join, longer, rows, steps, reverse=reverse)
+    want = combine_by_hand(join, elems, *how, **longer)
     same(jax.device_get(jax.jit(scan)(elems, how[0])), jax.device_get(want))
 
 
@@ -163,8 +146,9 @@ def test_gradients_over_a_sharded_segment_axis(name, reverse):
     rng = np.random.default_rng(0)
     elems = {k: rng.uniform(0.5, 1.5, (N, T + 1)).astype(np.float32) for k in "mv"}
     operands = elems, jax.tree.map(lambda x: x[::-1, 0] + 1, elems)
-    blocks = partial(over_blocks, affine, LONGER[name], "r", "s", reverse=reverse)
-    by_hand = partial(combine_by_hand, affine, reverse=reverse, **LONGER[name])
+    longer = ragged.LONGER[name]
+    blocks = partial(over_blocks, affine, longer, "r", "s", reverse=reverse)
+    by_hand = partial(combine_by_hand, affine, reverse=reverse, **longer)
     got = jax.jit(partial(gradients, blocks))(*operands)
     want = gradients(by_hand, *operands)
     close(jax.device_get(got), jax.device_get(want), atol=1e-5)
@@ -184,7 +168,7 @@ def test_a_device_holds_its_block_alone(key):
 
     def placed(name):
         shape, dtype, spec = shapes[name]
-        sharding = jax.NamedSharding(make_mesh(), spec)
+        sharding = jax.NamedSharding(make_mesh(s=4, r=2), spec)
         return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
 
     @jax.jit

@@ -9,25 +9,11 @@ import pytest
 from jax import lax
 from jax.sharding import PartitionSpec as P
 
-from jax_revseg import _reference, associative_scan_segments, bidirectional
-from tests.cases import assert_same_bits
-from tests.meshes import mesh
-from tests.ragged import (
-    IDS,
-    LENGTHS,
-    LONGER,
-    MASK,
-    OFFSETS,
-    PACKED,
-    N,
-    T,
-    close,
-    combine_by_hand,
-    gradients,
-    same,
-    split,
-    valid_steps,
-)
+from jax_revseg import associative_scan_segments, bidirectional
+from tests import ragged
+from tests.cases import Case, assert_same_bits
+from tests.meshes import make_mesh
+from tests.ragged import LENGTHS, MASK, N, T, close, combine_by_hand, gradients, same
 
 
 def sums(x):
@@ -36,9 +22,7 @@ def sums(x):
 
 
 def reverse(x, axis=1, batch_axes=(0,)):
-    return _reference.reverse(
-        x, LENGTHS, axis=axis, batch_axes=batch_axes, layout="padded"
-    )
+    return Case("", x.shape, axis=axis, batch_axes=batch_axes).expected(x, LENGTHS)
 
 
 def numbers(shape, seed=0):
@@ -132,7 +116,7 @@ def test_time_major(axis, batch_axis):
 def test_packed(name):
     """Fails if segments move, or a layer that restarts at the same ids restarts
     elsewhere."""
-    packed = PACKED[name]
+    packed = ragged.PACKED[name]
     layer = partial(associative_scan_segments, jnp.add, **packed)
     run = partial(bidirectional, layer, layer, merge=lambda *both: both)
     want = [combine_by_hand(jnp.add, X, None, way, **packed) for way in (False, True)]
@@ -224,10 +208,10 @@ def times_position(scale, x, first=0):
     return scale * x * (first + jnp.arange(x.shape[1]))[:, None]
 
 
-@pytest.mark.parametrize("name", LONGER)
+@pytest.mark.parametrize("name", ragged.LONGER)
 def test_sharded_segment_axis(name):
     """Fails if rows are reversed within a block, or an encoding is refused."""
-    key, given, static = split(LONGER[name])
+    key, given, static = ragged.split(ragged.LONGER[name])
     x, blocks = numbers((N, T + 1, 2)).astype(np.float32), P(None, "b")
 
     def run(x, given, **more):
@@ -237,16 +221,16 @@ def test_sharded_segment_axis(name):
 
     spec = blocks if key in ("segment_ids", "starts") else P()
     specs = dict(in_specs=(blocks, spec), out_specs=blocks)
-    f = jax.shard_map(partial(run, axis_name="b"), mesh=mesh(), **specs)
+    f = jax.shard_map(partial(run, axis_name="b"), mesh=make_mesh(), **specs)
     want, got = run(x, given), jax.jit(f)(x, jnp.asarray(given))
-    valid = valid_steps((N, T + 1), **LONGER[name])
+    valid = ragged.valid_steps((N, T + 1), **ragged.LONGER[name])
     np.testing.assert_array_equal(got[valid], want[valid])
 
 
 def test_no_mask_with_axis_name():
     blocks = P(None, "b")
     f = lambda x, m: bidirectional(sums, sums, x, mask=m, axis_name="b")  # noqa: E731
-    f = jax.shard_map(f, mesh=mesh(), in_specs=blocks, out_specs=blocks)
+    f = jax.shard_map(f, mesh=make_mesh(), in_specs=blocks, out_specs=blocks)
     with pytest.raises(ValueError, match="mask and axis_name='b'"):
         f(jnp.ones((4, 6, 2)), jnp.ones((4, 6), bool))
 
@@ -265,8 +249,8 @@ def test_errors():
         (dict(lengths=[1.0] * 4), TypeError, "lengths is .*1.0"),
         (dict(lengths=None), ValueError, "exactly one of .*starts, mask"),
         (dict(axis=3), ValueError, "axis is 3.*rank 3"),
-        (dict(segment_ids=IDS[:3]), ValueError, r"segment_ids has .*\(3, 7"),
-        (dict(cu_seqlens=OFFSETS[:3]), ValueError, "cu_seqlens has"),
+        (dict(segment_ids=ragged.IDS[:3]), ValueError, r"segment_ids has .*\(3, 7"),
+        (dict(cu_seqlens=ragged.OFFSETS[:3]), ValueError, "cu_seqlens has"),
         (dict(mask=FRONT[:3]), ValueError, r"mask has .*\(3, 7"),
         (dict(x=X[0], mask=FRONT[0], axis=1), ValueError, "mask has"),
         (

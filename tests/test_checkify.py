@@ -12,19 +12,10 @@ from jax import lax
 from jax.experimental import checkify
 from jax.sharding import PartitionSpec as P
 
-from jax_revseg import (
-    associative_scan_segments,
-    bidirectional,
-    bidirectional_scan,
-    pack_segments,
-    reverse_segment_order,
-    reverse_segments,
-    reverse_sequence,
-    scan_segments,
-    unpack_segments,
-)
+import jax_revseg
+from jax_revseg import reverse_segments, reverse_sequence, scan_segments
 from tests.cases import assert_same_bits
-from tests.meshes import mesh, put
+from tests.meshes import make_mesh, put
 
 X = np.arange(32, dtype=np.float32).reshape(4, 8)
 
@@ -48,23 +39,23 @@ def scan_offsets(x, offsets):
 def scan_both(x, lengths):
     inits = jnp.zeros(4), jnp.zeros(4)
     f = lambda scale, carry, x: step(carry, scale * x)  # noqa: E731
-    return bidirectional_scan(f, (1.0, 2.0), inits, x, lengths)[1][1]
+    return jax_revseg.bidirectional_scan(f, (1.0, 2.0), inits, x, lengths)[1][1]
 
 
 def associative(x, lengths):
-    return associative_scan_segments(jnp.add, x, lengths)
+    return jax_revseg.associative_scan_segments(jnp.add, x, lengths)
 
 
 def layers(x, lengths):
-    return bidirectional(jnp.sin, jnp.sin, x[..., None], lengths)
+    return jax_revseg.bidirectional(jnp.sin, jnp.sin, x[..., None], lengths)
 
 
 def pack(x, n):
-    return pack_segments(x[0], n, max_length=4)
+    return jax_revseg.pack_segments(x[0], n, max_length=4)
 
 
 def unpack(x, n):
-    return unpack_segments(x, n, total_length=9)
+    return jax_revseg.unpack_segments(x, n, total_length=9)
 
 
 # Wrong values, and the same made good.
@@ -83,7 +74,7 @@ BAD = {
     "reverse_sequence negative": (reverse_sequence, NEGATIVE, r"lengths\[1\] is -1"),
     "reverse_segments": (reverse_segments, PACKED, SUM),
     "reverse_segments offsets": (by_offsets, OFFSETS, DECREASE),
-    "reverse_segment_order": (reverse_segment_order, PACKED, SUM),
+    "reverse_segment_order": (jax_revseg.reverse_segment_order, PACKED, SUM),
     "bidirectional": (layers, PADDED, LONG),
     "scan_segments": (scan_one, PADDED, LONG),
     "scan_segments offsets": (scan_offsets, OFFSETS, DECREASE),
@@ -193,16 +184,16 @@ def test_inside_shard_map(transform, x_spec):
 
     def local(f):
         return jax.shard_map(
-            transform(f), mesh=mesh(), in_specs=(x_spec, P("a")), out_specs=P("a")
+            transform(f), mesh=make_mesh(), in_specs=(x_spec, P("a")), out_specs=P("a")
         )
 
     errors_of(local, X if x_spec else X[:1])
 
 
-@pytest.mark.parametrize("kinds", ("auto auto", "explicit explicit"))
+@pytest.mark.parametrize("kinds", ("Auto", "Explicit"))
 def test_sharded(kinds):
     """Fails on a search for the bad row that a sharding stops."""
-    over = mesh(kinds)
+    over = make_mesh(kinds)
     with jax.set_mesh(over):
         place = lambda values: put(over, np.array(values), "a")  # noqa: E731
         errors = errors_of(lambda f: f, put(over, X, "a", None), place)

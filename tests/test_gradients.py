@@ -14,16 +14,13 @@ from jax_revseg._compat import ad
 from jax_revseg._layout import Layout
 from tests.cases import LAYOUTS, SMALL, Case, assert_same_bits, random_bits
 
+FLOATS = ("bfloat16", "float16", "complex64", "float8_e4m3fn", "float32")
 # Different axes in each, and each kind of float.
 GROUP = (
     *SMALL,
     *(
         Case(f"{layout}-{dtype}", (7, 3, 4), dtype, layout, axis=0, batch_axes=(2,))
-        for layout, dtype in zip(
-            LAYOUTS,
-            ("bfloat16", "float16", "complex64", "float8_e4m3fn", "float32"),
-            strict=True,
-        )
+        for layout, dtype in zip(LAYOUTS, FLOATS, strict=True)
     ),
     Case("all-cut", (4, 7, 2), layout="packed", lengths="over"),
 )

@@ -13,6 +13,8 @@ import pytest
 
 from jax_revseg import pack_segments, reverse_sequence, unpack_segments
 from tests.functions import FUNCTIONS, SCANS, operands, values
+from tests.meshes import make_mesh
+from tests.ragged import weighted
 
 X, OTHERS = operands()
 X /= 7
@@ -24,10 +26,7 @@ EAGER = ("lengths value", "pack")
 
 def loss_of(name, others):
     """A scalar of all values of a function, in which each counts differently."""
-    return lambda x: sum(
-        jnp.sum(y**2 * jnp.cos(jnp.arange(y.size * 1.0)).reshape(y.shape))
-        for y in values(FUNCTIONS[name], x, others)
-    )
+    return lambda x: weighted([y**2 for y in values(FUNCTIONS[name], x, others)])
 
 
 def derivatives(x, others, names):
@@ -51,18 +50,13 @@ def desired():
     return jax.device_get(run(X, OTHERS))
 
 
-def make(kind, devices=1):
-    kind = getattr(jax.sharding.AxisType, kind)
-    return jax.make_mesh((devices,), ("d",), axis_types=(kind,))
-
-
 each_kind = pytest.mark.parametrize("kind", ("Auto", "Explicit"))
 
 
 @each_kind
 def test_derivatives_with_a_mesh_of_one_device(kind, desired):
     """Fails on a reshard that JAX refuses there."""
-    mesh = make(kind)
+    mesh = make_mesh(kind, d=1)
     x, others = jax.device_put((X, OTHERS), jax.NamedSharding(mesh, jax.P()))
     with jax.set_mesh(mesh):
         close(jax.jit(partial(derivatives, names=WHOLE))(x, others), desired)
@@ -84,7 +78,7 @@ def test_derivatives_with_a_mesh_of_one_device(kind, desired):
 )
 def test_derivatives_with_sharded_rows(kind, what, context, desired):
     """Fails on a gradient with the sharding of the result where x has another."""
-    mesh = make(kind, 4)
+    mesh = make_mesh(kind, d=4)
 
     def shard(array):
         spec = jax.P("d") if array.ndim else jax.P()
@@ -101,7 +95,7 @@ def test_derivatives_with_sharded_rows(kind, what, context, desired):
 
 def test_shardings_changed_between_eager_calls():
     """JAX caches parts of a gradient by type: one of them may belong to a mesh."""
-    mesh = make("Auto", 4)
+    mesh = make_mesh("Auto", d=4)
     sharded = jax.device_put(X, jax.NamedSharding(mesh, jax.P("d")))
     weights = np.cos(X)
     double = jax.shard_map(
@@ -117,7 +111,7 @@ def test_shardings_changed_between_eager_calls():
 
 @each_kind
 def test_cotangents_sharded_otherwise(kind):
-    mesh = make(kind, 4)
+    mesh = make_mesh(kind, d=4)
     lengths = jnp.asarray(OTHERS["n"])
     expected = reverse_sequence(X, lengths)
     sharded = jax.device_put(X, jax.NamedSharding(mesh, jax.P("d")))
@@ -130,7 +124,7 @@ def test_cotangents_sharded_otherwise(kind):
 
 def test_packing_keeps_the_sharding_of_features():
     """Fails if a result or a gradient is replicated, also of an empty array."""
-    mesh, lengths = make("Explicit", 2), jnp.array([3, 2])
+    mesh, lengths = make_mesh("Explicit", d=2), jnp.array([3, 2])
     features = jax.NamedSharding(mesh, jax.P(None, "d"))
 
     @jax.jit
@@ -154,7 +148,7 @@ def test_packing_keeps_the_sharding_of_features():
 
 
 def test_packing_refuses_sharded_rows_and_steps():
-    mesh = make("Explicit", 2)
+    mesh = make_mesh("Explicit", d=2)
     rows = jax.NamedSharding(mesh, jax.P("d"))
     x, lengths = jnp.ones((6, 4)), jnp.array([2, 2])
     with jax.set_mesh(mesh):

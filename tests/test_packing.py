@@ -7,14 +7,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jax_revseg import (
-    _reference,
-    pack_segments,
-    reverse_segments,
-    reverse_sequence,
-    unpack_segments,
-)
+import jax_revseg
+from jax_revseg import _reference, pack_segments, unpack_segments
 from tests.cases import assert_same_bits, enable_x64, random_bits
+from tests.meshes import with_gradients
 
 LENGTHS = {
     "some": [2, 4, 0, 1],
@@ -51,10 +47,9 @@ def test_values():
     @partial(jax.jit, static_argnames="size")
     def run(x, ct_x, rows, ct_rows, n, size):
         pack = partial(pack_segments, max_length=size, padding_value=7)
-        packed, pack_vjp = jax.vjp(lambda x: pack(x, n), x)
         unpack = partial(unpack_segments, total_length=size)
-        unpacked, unpack_vjp = jax.vjp(lambda x: unpack(x, n), rows)
-        return packed, *pack_vjp(ct_x), unpacked, *unpack_vjp(ct_rows)
+        packed = with_gradients(pack, x, n, ct_x)
+        return *packed, *with_gradients(unpack, rows, n, ct_rows)
 
     x, rows = bits(11, 2), bits(4, 5, 2)
     for size in (0, 3, 12):  # Less than a segment, and more than all of them.
@@ -103,10 +98,9 @@ def test_host_lengths(kind):
     back = unpack_segments(packed, lengths, total_length=11)
     assert_same_bits(back, np.where(x < sum(lengths), x, 0).astype(back.dtype))
     # Reversing rows and laying them end to end is reversing segments in place.
-    there = unpack_segments(
-        reverse_sequence(packed, lengths), jnp.array(lengths), total_length=11
-    )
-    assert_same_bits(there, np.asarray(reverse_segments(back, lengths)))
+    rows = jax_revseg.reverse_sequence(packed, lengths)
+    there = unpack_segments(rows, jnp.array(lengths), total_length=11)
+    assert_same_bits(there, np.asarray(jax_revseg.reverse_segments(back, lengths)))
 
 
 @pytest.mark.parametrize("dtype", ("bool", "int4", "float8_e4m3fn", "complex64"))
@@ -212,12 +206,9 @@ def test_derivatives_of_any_order_gather():
 def test_mapped_over_any_operand(axes):
     lengths = np.array([[2, 4, 0, 1], [9, 9, -1, 0], [0, 0, 3, 8]], np.int32)
 
-    def alone(call, x, n, ct):
-        out, vjp = jax.vjp(lambda x: call(x, n), x)
-        return out, vjp(ct)[0]
-
     def check(call, xs, cts):
-        run, pairs = partial(alone, call), list(zip((xs, lengths), axes, strict=True))
+        run = partial(with_gradients, call)
+        pairs = list(zip((xs, lengths), axes, strict=True))
         operands = (a[0] if i is None else np.moveaxis(a, 0, i) for a, i in pairs)
         mapped = jax.jit(jax.vmap(run, (*axes, 0)))(*operands, cts)
         one = lambda b: [a[0 if i is None else b] for a, i in pairs]  # noqa: E731

@@ -14,29 +14,11 @@ import numpy as np
 import pytest
 from jax import lax
 
-from jax_revseg import (
-    _programs,
-    associative_scan_segments,
-    bidirectional_scan,
-    scan_segments,
-)
-from tests.ragged import (
-    ENCODINGS,
-    LENGTHS,
-    TRACED,
-    N,
-    T,
-    close,
-    combine_by_hand,
-    digits,
-    gradients,
-    join,
-    same,
-    scan_by_hand,
-    split,
-    valid_steps,
-    weighted,
-)
+from jax_revseg import associative_scan_segments, bidirectional_scan, scan_segments
+from jax_revseg._programs import _programs
+from tests import ragged
+from tests.meshes import make_mesh
+from tests.ragged import ENCODINGS, TRACED, N, T, close, digits, gradients, weighted
 
 D = 3
 BOTH_WAYS = (False, True)
@@ -67,7 +49,7 @@ H, COUNT = draw(N, 2), np.arange(N, dtype=np.int32)
 
 
 def make_xs(name, bad=np.nan):
-    valid = valid_steps(**ENCODINGS[name])
+    valid = ragged.valid_steps(**ENCODINGS[name])
     xs = {"a": draw(N, T, D), "b": draw(N, T) + 1}
     for x in xs.values():
         x[~valid] = bad
@@ -114,7 +96,8 @@ def test_values_and_gradients_are_those_of_valid_steps_alone():
     def run(xs, encodings):
         return [one(*case, xs[case[1]], encodings[case[1]]) for case in cases]
 
-    want = [one(scan_by_hand, *case, make_xs(case[0], 1.0), {}) for _, *case in cases]
+    by_hand = partial(one, ragged.scan_by_hand)
+    want = [by_hand(*case, make_xs(case[0], 1.0), {}) for _, *case in cases]
     for bad in (np.nan, np.inf, 0.0):
         close(run({name: make_xs(name, bad) for name in ENCODINGS}, TRACED), want)
 
@@ -195,7 +178,7 @@ def total(scale, carry, x):
 @pytest.mark.parametrize("name", ENCODINGS)
 def test_layouts_chunks_and_maps_are_exact(name):
     """Time-major data, two batch axes, chunks of any size, and rows under vmap."""
-    key, of_host, static = split(ENCODINGS[name])
+    key, of_host, static = ragged.split(ENCODINGS[name])
     per_step = key in ("segment_ids", "starts", "mask")
     square = partial(jax.tree.map, lambda a: a.reshape(2, 2, *a.shape[1:]))
     middle = partial(jax.tree.map, lambda a: jnp.moveaxis(square(a), -1, 1))
@@ -234,7 +217,7 @@ def test_layouts_chunks_and_maps_are_exact(name):
         f, more = partial(total, 1), {"chunk": chunk} if chunk else {}
         carry, ys = scan(f, init, xs[0], carry_in=carry_in[0], **more, **how)
         if name != "mask":
-            ys = ys, combine(join, xs, carry_in=carry_in, **how)
+            ys = ys, combine(ragged.join, xs, carry_in=carry_in, **how)
         return carry, ys
 
     @jax.jit
@@ -249,9 +232,9 @@ def test_layouts_chunks_and_maps_are_exact(name):
 
     carry_in = tuple(x[::-1, 1] for x in digits(N, T))
     operands = jax.tree.map(jnp.asarray, (np.arange(N), carry_in, digits(N, T)))
-    by_hand = partial(both_scans, scan_by_hand, combine_by_hand)
+    by_hand = partial(both_scans, ragged.scan_by_hand, ragged.combine_by_hand)
     want = [by_hand(way, *operands, **ENCODINGS[name]) for way in (0, 1)]
-    same(run(*operands, of_host), [want[way] for way in ways])
+    ragged.same(run(*operands, of_host), [want[way] for way in ways])
 
 
 def test_chunks_are_skipped_where_no_row_has_a_step():
@@ -281,8 +264,7 @@ def test_chunks_are_skipped_where_no_row_has_a_step():
 @pytest.mark.skipif(jax.device_count() < 4, reason="needs 4 devices")
 def test_chunks_with_a_collective_in_f():
     """Fails if a device skips a chunk whose collective another waits for."""
-    kinds = (jax.sharding.AxisType.Auto,)
-    mesh, rows = jax.make_mesh((4,), ("d",), axis_types=kinds), jax.P("d")
+    mesh, rows = make_mesh(d=4), jax.P("d")
     xs = jnp.asarray(np.random.default_rng(0).normal(size=(4, 8)), jnp.float32)
     lengths, init = jnp.array([1, 0, 8, 3]), jnp.ones(4)
 
@@ -350,13 +332,13 @@ def test_a_repeated_eager_call_compiles_nothing(kind, caplog):
 
 def test_a_new_lambda_is_kept_no_longer_than_it_lives():
     gc.collect()
-    before, refs = len(_programs._programs), []
+    before, refs = len(_programs), []
 
     def call():
         new = [lambda c, x: (c + x, c), lambda a, b: a + b, lambda p, c, x: (c + x, c)]
         refs.extend(map(weakref.ref, new))
         eager_calls(*new)
-        assert len(_programs._programs) == before + 3
+        assert len(_programs) == before + 3
 
     def fail(carry, x):
         raise RuntimeError
@@ -368,7 +350,7 @@ def test_a_new_lambda_is_kept_no_longer_than_it_lives():
     del fail
     gc.collect()
     assert [ref() for ref in refs] == [None] * 4
-    assert len(_programs._programs) == before
+    assert len(_programs) == before
 
 
 def test_a_gradient_keeps_what_that_of_a_plain_scan_keeps():
@@ -574,7 +556,7 @@ def test_export_with_a_symbolic_batch():
         scan = bidirectional_scan(cell, (W, W), (init, init), xs, lengths)
         return scan, associative_scan_segments(jnp.add, xs["b"], lengths)[:, :1]
 
-    operands = (H, COUNT), make_xs("lengths"), LENGTHS
+    operands = (H, COUNT), make_xs("lengths"), ragged.LENGTHS
     operands = jax.tree.map(jnp.asarray, operands)
     exported = jax.export.export(jax.jit(run))(*jax.tree.map(spec, operands))
     close(exported.call(*operands), jax.jit(run)(*operands))
@@ -618,8 +600,7 @@ def test_sharded_batch(mode, name, places):
     if mode == "explicit" and jax.__version_info__ < (0, 8):
         pytest.skip("JAX 0.7 cannot differentiate x @ w where rows of x are sharded")
     kind = "Explicit" if mode == "explicit" else "Auto"
-    kinds = (getattr(jax.sharding.AxisType, kind),)
-    mesh, rows = jax.make_mesh((4,), ("d",), axis_types=kinds), jax.P("d")
+    mesh, rows = make_mesh(kind, d=4), jax.P("d")
     loss, sharding = sharded_loss, jax.NamedSharding(mesh, rows)
     if mode == "shard_map":
         loss = jax.shard_map(

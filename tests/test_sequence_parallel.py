@@ -13,22 +13,13 @@ import numpy as np
 import pytest
 from jax import lax
 from jax.experimental import checkify
-from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
+from jax.sharding import Mesh, NamedSharding, PartitionSpec as P
 
-from jax_revseg import (
-    _reference,
-    associative_scan_segments,
-    reverse_segment_order,
-    reverse_segments,
-    reverse_sequence,
-)
+import jax_revseg
+from jax_revseg import _reference, reverse_sequence
 from tests.cases import Case, assert_same_bits
-from tests.meshes import bytes_received
-
-
-def make_mesh(axis_type=AxisType.Auto, **sizes):
-    axis_types = (axis_type,) * len(sizes)
-    return jax.make_mesh(tuple(sizes.values()), tuple(sizes), axis_types=axis_types)
+from tests.meshes import bytes_received, make_mesh, with_gradients
+from tests.test_tpu import chips, needs_compiler
 
 
 def mapped(f, in_specs, out_specs, **sizes):
@@ -58,14 +49,6 @@ def over_blocks(case, mesh, axis_name="seq", batch=None, **more):
     )
 
 
-def value_and_pullback(f):
-    def both(x, segments, ct):
-        out, pullback = jax.vjp(lambda x: f(x, segments), x)
-        return out, pullback(ct)[0]
-
-    return jax.jit(both)
-
-
 def check(cases, functions, value=None):
     """Values and gradients against the reference, bit for bit, by one program."""
     xs, segments = [c.x() for c in cases], [c.segments() for c in cases]
@@ -75,7 +58,7 @@ def check(cases, functions, value=None):
     @jax.jit
     def run(xs, segments, cts):
         return [
-            value_and_pullback(f)(x, s, ct) if inexact else (f(x, s), None)
+            with_gradients(f, x, s, ct) if inexact else (f(x, s), None)
             for f, inexact, x, s, ct in zip(
                 functions, linear, xs, segments, cts, strict=True
             )
@@ -137,7 +120,7 @@ def test_keys():
 def test_reverse_segment_order(batch):
     case = Case("order", (batch, 16, 4), layout="packed", count=4)
     x, lengths, operands = case.x(), case.segments(), specs(case)
-    order = partial(reverse_segment_order, axis_name="seq")
+    order = partial(jax_revseg.reverse_segment_order, axis_name="seq")
     f = mapped(order, operands, operands, seq=4)  # The lengths stay replicated.
 
     @jax.jit
@@ -180,7 +163,7 @@ def test_what_all_devices_share_gets_a_sum_of_gradients(same):
         n, ct, x, sizes, block = n[:1], ct[:1], x[:4], dict(data=1, seq=4), P()
     f = lambda x, n: reverse_sequence(x, n[0], axis_name="seq")[None]  # noqa: E731
     f = mapped(f, (block, P("data")), P("data", "seq"), **sizes)
-    out, ct_x = value_and_pullback(f)(x, n, ct)
+    out, ct_x = jax.jit(partial(with_gradients, f))(x, n, ct)
     whole = np.tile(x, (len(n), 16 // len(x), 1))
     np.testing.assert_array_equal(out, reverse_sequence(whole, n))
     parts = np.asarray(reverse_sequence(ct, n)).reshape(-1, *x.shape)
@@ -252,7 +235,7 @@ def test_host_values_describe_the_whole_axis():
             r"lengths\[0\] is 17.* 16.* 2 devices",
         ),
         (
-            partial(reverse_segments, segment_ids=[1] * 8),
+            partial(jax_revseg.reverse_segments, segment_ids=[1] * 8),
             np.ones(16),
             "segment_ids.*2 devices.*in_specs",
         ),
@@ -263,7 +246,7 @@ def test_host_values_describe_the_whole_axis():
 
 def test_lengths_and_offsets_are_not_blocks():
     """Fails if each device takes its part of them for those of the whole rows."""
-    add = partial(associative_scan_segments, jnp.add)
+    add = partial(jax_revseg.associative_scan_segments, jnp.add)
     for f, name, shape, spec in (
         (reverse_sequence, "lengths", (4,), P("seq")),
         (add, "cu_seqlens", (2, 4), P(None, "seq")),
@@ -275,7 +258,7 @@ def test_lengths_and_offsets_are_not_blocks():
 
 
 def test_program_in_the_error_reverses_the_sharded_axis():
-    mesh = make_mesh(AxisType.Explicit, data=2, seq=4)
+    mesh = make_mesh("Explicit", data=2, seq=4)
     case = Case("lines", (4, 16, 8))
     x_spec, spec = specs(case, batch="data")
     x = jax.device_put(case.x(), NamedSharding(mesh, x_spec))
@@ -301,10 +284,7 @@ def test_program_in_the_error_reverses_the_sharded_axis():
 def compile_both(case, mesh):
     """The compiled call, and that of its gradient alone."""
     f = over_blocks(case, mesh)
-    x, segments = (
-        jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=NamedSharding(mesh, spec))
-        for a, spec in zip((case.x(), case.segments()), specs(case), strict=True)
-    )
+    x, segments = case.types(*(NamedSharding(mesh, spec) for spec in specs(case)))
 
     def pullback(ct, segments):  # Linear: the value of x does not matter.
         return jax.vjp(lambda x: f(x, segments), jnp.zeros_like(ct))[1](ct)[0]
@@ -346,14 +326,7 @@ def test_only_ids_are_gathered():
         assert {name for name, _ in bytes_received(compiled)} == {"all-to-all"}
 
 
-def test_compiled_for_a_tpu(monkeypatch):
-    pytest.importorskip("libtpu", reason="libtpu is missing: not compiled for TPU v5e")
-    # Nothing runs on a TPU here, so that several processes may load the compiler.
-    monkeypatch.setenv("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
-    from jax.experimental import topologies
-
-    topology = topologies.get_topology_desc(platform="tpu", topology_name="v5e:2x4")
-    mesh = jax.sharding.Mesh(
-        np.array(topology.devices).reshape(8), ("seq",), axis_types=(AxisType.Auto,)
-    )
+@needs_compiler
+def test_compiled_for_a_tpu():
+    mesh = Mesh(np.array(chips("v5e")), ("seq",))
     check_bytes(Case("tpu", (4, 32768, 512)), mesh)

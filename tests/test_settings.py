@@ -12,18 +12,10 @@ import jax
 import numpy as np
 import pytest
 
-from jax_revseg import _reference, reverse_sequence
-from tests.cases import enable_x64
-from tests.functions import (
-    FEW,
-    FUNCTIONS,
-    PACKING,
-    REVERSALS,
-    everything,
-    operands,
-    same,
-    values,
-)
+from jax_revseg import reverse_sequence
+from tests import functions
+from tests.cases import Case, enable_x64
+from tests.functions import FEW, FUNCTIONS, LINEAR, everything, operands, same, values
 
 
 @pytest.fixture(scope="module")
@@ -47,16 +39,14 @@ def settings_that_raise():
 def test_eager_calls_move_nothing_and_promote_nothing(on_device):
     """Fails if a constant is put on the device at each call."""
     x, others, _, desired = on_device
-    linear = REVERSALS | PACKING
     with jax.transfer_guard("disallow"), settings_that_raise():
         # An eager `lax.associative_scan` moves constants itself, and so does the
         # gradient of an eager `lax.scan`.
-        scans = {k: f for k, f in FUNCTIONS.items() if k not in linear}
-        del scans["associative"]
+        scans = {k: f for k, f in functions.SCANS.items() if k != "associative"}
         actual = {name: values(f, x, others) for name, f in scans.items()}
-        gradients = everything(x, others, linear)
+        gradients = everything(x, others, LINEAR)
     same(actual, {name: desired[name][0] for name in actual})
-    same(gradients, {name: desired[name] for name in linear})
+    same(gradients, {name: desired[name] for name in LINEAR})
 
 
 def test_settings_that_raise_find_nothing(on_device):
@@ -102,9 +92,7 @@ def test_threads_that_call_with_new_shapes():
     def work(i):
         x, others = operands(2 + i % 4, 5 + i)
         out = reverse_sequence(*jax.device_put((x, others["n"])))
-        desired = _reference.reverse(
-            x, others["n"], axis=1, batch_axes=(0,), layout="padded"
-        )
+        desired = Case("", x.shape).expected(x, others["n"])
         wrong.append(not np.array_equal(out, desired))
 
     threads = [threading.Thread(target=work, args=(i,)) for i in range(16)]

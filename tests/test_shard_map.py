@@ -15,17 +15,11 @@ import pytest
 from jax import lax
 from jax.sharding import NamedSharding, PartitionSpec as P
 
-from jax_revseg import (
-    _reference,
-    pack_segments,
-    reverse_segment_order,
-    reverse_segments_p,
-    reverse_sequence,
-    unpack_segments,
-)
+import jax_revseg
+from jax_revseg import _reference, pack_segments, unpack_segments
 from jax_revseg._layout import Layout
 from tests.cases import assert_same_bits
-from tests.meshes import CASES, by_hand, integers, mesh, with_gradients
+from tests.meshes import CASES, by_hand, integers, make_mesh, with_gradients
 
 BOTH = ("a", "b")
 # For x, segments and the result; and how many rows of x go with 8 rows of segments.
@@ -37,7 +31,7 @@ SPECS = {
     "x-less-sharded": (P("a"), P(BOTH), P(BOTH), 4),
     "one-axis-each": (P("b"), P("a"), P(BOTH), 4),
 }
-MESH = mesh()
+MESH = make_mesh()
 SEGMENTS = [case.segments() for case in CASES]
 
 
@@ -91,11 +85,11 @@ def test_unchecked():
     check(sharded(every_case(), check_vma=False))
 
 
-@pytest.mark.parametrize("kinds", ("auto auto", "explicit auto", "auto explicit"))
+@pytest.mark.parametrize("kinds", ("Auto", "Explicit Auto", "Auto Explicit"))
 def test_partly_manual(kinds):
     """Fails if the mesh axis that shard_map leaves alone is taken for a manual one, or
     an explicit sharding over it stops the index arithmetic."""
-    over = mesh(kinds)
+    over = make_mesh(kinds)
     # An explicit axis takes what is laid out as `in_specs` says, and nothing else.
     place = lambda tree, spec: jax.device_put(tree, NamedSharding(over, spec))  # noqa: E731
     check(sharded(every_case(), mesh=over, axis_names={"a"}), place=place)
@@ -167,7 +161,7 @@ def test_varying_result_is_not_replicated(name):
 def test_bind_refuses_what_would_lose_the_sum():
     """Fails if the primitive accepts segments that vary more than x."""
     layout = Layout("padded", 1, (0,))
-    bind = partial(reverse_segments_p.bind, layout=layout)
+    bind = partial(jax_revseg.reverse_segments_p.bind, layout=layout)
     with pytest.raises(ValueError, match=r"vary over manual mesh axes \{'a'\}"):
         sharded(bind)(operands("x-replicated")[0], SEGMENTS[0])
 
@@ -181,7 +175,7 @@ def test_padding_value():
 def test_order_of_segments():
     """Fails if the sums of lengths mix varying and other values."""
     x, _ = operands("x-replicated")
-    outs = jax.jit(sharded(reverse_segment_order))(x, SEGMENTS[1])
+    outs = jax.jit(sharded(jax_revseg.reverse_segment_order))(x, SEGMENTS[1])
     tiled, axes = np.tile(x, (4, 1, 1)), dict(axis=1, batch_axes=(0,))
     for out, want in zip(
         outs, _reference.reverse_order(tiled, SEGMENTS[1], **axes), strict=True
@@ -225,7 +219,7 @@ def test_empty_arrays_vary_over_devices():
     """Fails if `out_specs=P()` accepts a result of which each device has another."""
     n = jnp.ones(4, int)
     for f, x in (
-        (partial(reverse_sequence, padding_value=1.0), jnp.ones((4, 0))),
+        (partial(jax_revseg.reverse_sequence, padding_value=1.0), jnp.ones((4, 0))),
         (lambda x, n: pack_segments(x[:0], n, max_length=2), jnp.ones((4, 2))),
         (lambda x, n: unpack_segments(x[:, :0], n, total_length=2), jnp.ones((4, 2))),
         (lambda x, n: unpack_segments(x[:0], n[:0], total_length=2), jnp.ones((4, 2))),

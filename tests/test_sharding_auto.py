@@ -8,18 +8,11 @@ import pytest
 from jax.sharding import NamedSharding, PartitionSpec as P
 
 from jax_revseg import reverse_segment_order
+from tests import meshes
 from tests.cases import assert_same_bits
-from tests.meshes import (
-    CASES,
-    bytes_received,
-    calls,
-    integers,
-    mesh,
-    put,
-    with_gradients,
-)
+from tests.meshes import CASES, bytes_received, integers, make_mesh, put
 
-MESH = mesh()
+MESH = make_mesh()
 FLAG = "jax_use_shardy_partitioner"
 SHAPE = (8, 8, 8)  # Every axis can be cut over all devices.
 SEGMENTS = [case.segments() for case in CASES]
@@ -68,7 +61,8 @@ def run(f, *operands):
 def test_values_and_gradients(name):
     """Fails on wrong values, on devices that exchange data, or all hold the whole."""
     xs, segments = operands(*(SPECS | EXCHANGES)[name])
-    (ys, x_bars), exchanged = run(partial(with_gradients, calls), xs, segments, xs)
+    f = partial(meshes.with_gradients, meshes.calls)
+    (ys, x_bars), exchanged = run(f, xs, segments, xs)
     assert not exchanged or name in EXCHANGES
     assert exchanged or name != "steps"  # Else this test is blind to collectives.
     for case, x, s, *both in zip(CASES, xs, SEGMENTS, ys, x_bars, strict=True):

@@ -16,20 +16,12 @@ import pytest
 from jax.sharding import PartitionSpec as P
 
 import jax_revseg
-from jax_revseg import (
-    _reference,
-    associative_scan_segments,
-    reverse_segment_order,
-    reverse_segments,
-    reverse_segments_p,
-    reverse_sequence,
-    scan_segments,
-)
+from jax_revseg import _reference, reverse_segments, reverse_sequence
 from jax_revseg._layout import Layout
-from tests.cases import assert_same_bits
-from tests.meshes import CASES, calls, integers, mesh, put, with_gradients
+from tests.cases import Case, assert_same_bits
+from tests.meshes import CASES, calls, integers, make_mesh, put, with_gradients
 
-MESH = mesh("explicit explicit")
+MESH = make_mesh("Explicit")
 SHAPE = CASES[0].shape
 SEGMENTS = [case.segments() for case in CASES]
 BOTH = ("a", "b")
@@ -88,10 +80,10 @@ def test_padding_value():
     check("segments-and-features", value=5.0)
 
 
-@pytest.mark.parametrize("kinds", ("explicit auto", "auto explicit"))
+@pytest.mark.parametrize("kinds", ("Explicit Auto", "Auto Explicit"))
 def test_mixed_mesh(kinds):
     """Fails on an auto axis treated as an explicit one, or the other way round."""
-    check("segments-and-features", over=mesh(kinds))
+    check("segments-and-features", over=make_mesh(kinds))
 
 
 @pytest.mark.parametrize("name", ("both", "segments-and-features"))
@@ -124,9 +116,10 @@ def test_order_of_segments():
     x, axes = integers(SHAPE), dict(axis=1, batch_axes=(0,))
     wanted = _reference.reverse_order(x, SEGMENTS[1], **axes)
     lengths = put(MESH, SEGMENTS[1], "a", None)
+    reverse = jax.jit(jax_revseg.reverse_segment_order)
     for x_spec in (("a", None, "b"), (None, None, "b")):
         with jax.set_mesh(MESH):
-            outs = jax.jit(reverse_segment_order)(put(MESH, x, *x_spec), lengths)
+            outs = reverse(put(MESH, x, *x_spec), lengths)
         for out, want in zip(outs, wanted, strict=True):
             np.testing.assert_array_equal(out, want)
         assert [*map(spec_of, outs)] == [("a", None, "b"), ("a", None)]
@@ -135,6 +128,7 @@ def test_order_of_segments():
 def test_other_operands():
     """Fails if host lengths, offsets or a bare bind cannot take a sharded array."""
     x, lengths = put(MESH, integers(SHAPE), "a", None, "b"), SEGMENTS[1]
+    bind = partial(jax_revseg.reverse_segments_p.bind, layout=Layout("packed", 1, (0,)))
     offsets = np.pad(lengths.cumsum(-1), ((0, 0), (1, 0)))
     with jax.set_mesh(MESH):
         on_device = put(MESH, lengths, "a", None)
@@ -142,7 +136,7 @@ def test_other_operands():
             reverse_segments(x, lengths),
             jax.jit(lambda x: reverse_segments(x, lengths))(x),
             reverse_segments(x, cu_seqlens=put(MESH, offsets, "a", None)),
-            reverse_segments_p.bind(x, on_device, layout=Layout("packed", 1, (0,))),
+            bind(x, on_device),
         ]
         with jax.disable_jit():
             outs.append(reverse_segments(x, on_device))
@@ -220,8 +214,8 @@ def test_scans_refuse_a_sharded_segment_axis(x_axis, ids_axis):
     """Fails on a scan over blocks, or an error that names no remedy."""
     x = put(MESH, jnp.ones((4, 8)), None, x_axis)
     ids = put(MESH, jnp.zeros((4, 8), int), None, ids_axis)
-    scan = partial(scan_segments, lambda c, x: (c + x, x), jnp.zeros(4))
-    associative = partial(associative_scan_segments, jnp.add)
+    scan = partial(jax_revseg.scan_segments, lambda c, x: (c + x, x), jnp.zeros(4))
+    associative = partial(jax_revseg.associative_scan_segments, jnp.add)
     for f, given in (
         (scan, dict(segment_ids=ids)),
         (scan, dict(mask=ids == 0)),
@@ -235,7 +229,7 @@ def test_two_batch_axes():
     """Fails if only the first axis of lengths counts, or x needs a mesh."""
     x = integers((8, 8, 4))
     lengths = np.arange(64).reshape(8, 8) % 5
-    want = _reference.reverse(x, lengths, axis=2, batch_axes=(0, 1), layout="padded")
+    want = Case("", x.shape, axis=2, batch_axes=(0, 1)).expected(x, lengths)
     for given in (x, put(MESH, x, None, None, None)):
         y = reverse_sequence(given, put(MESH, lengths, "a", "b"))
         assert_same_bits(y, want)

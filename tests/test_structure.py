@@ -10,15 +10,7 @@ import numpy as np
 import pytest
 
 import jax_revseg
-from jax_revseg import (
-    associative_scan_segments,
-    bidirectional,
-    pack_segments,
-    reverse_segment_order,
-    reverse_segments,
-    reverse_sequence,
-    scan_segments,
-)
+from jax_revseg import bidirectional, pack_segments, reverse_sequence, scan_segments
 from jax_revseg._host_values import HostValues
 from tests.cases import DTYPES, LAYOUTS, Case, bit_width, pullback
 
@@ -76,7 +68,7 @@ def test_one_equation(case):
 def test_order_is_two_reversals():
     """Fails if the order of segments takes more than the two reversals that it is."""
     case = LARGE[1]
-    f = lambda x, s: reverse_segment_order(x, s)[0]  # noqa: E731
+    f = lambda x, s: jax_revseg.reverse_segment_order(x, s)[0]  # noqa: E731
     found = large_equations(f, jnp.asarray(case.x()), jnp.asarray(case.segments()))
     assert found == ["reverse_segments"] * 2
 
@@ -161,7 +153,7 @@ def test_eager_calls_compile_once(caplog):
         caplog.clear()
         with jax.log_compiles():
             reverse_sequence(x, lengths)
-            reverse_segments(x, cu_seqlens=[[0, n] for n in lengths])
+            jax_revseg.reverse_segments(x, cu_seqlens=[[0, n] for n in lengths])
             for value in sum(lengths) + np.arange(30):  # Host values of any kind.
                 reverse_sequence(x, lengths, padding_value=float(value))
                 pack_segments(x[0], lengths[:2], max_length=3, padding_value=value)
@@ -178,7 +170,7 @@ def test_a_pytree_shares_its_segments(monkeypatch):
     both = lambda *results: results  # noqa: E731
     for run in (
         lambda x, n: bidirectional(list, list, x, cu_seqlens=n, merge=both),
-        lambda x, n: associative_scan_segments(
+        lambda x, n: jax_revseg.associative_scan_segments(
             lambda a, b: jax.tree.map(jnp.add, a, b), x, cu_seqlens=n
         ),
         lambda x, n: scan_segments(lambda c, x: (c, x), offsets[:, 0], x, cu_seqlens=n),

@@ -22,7 +22,7 @@ needs_compiler = pytest.mark.skipif(
     importlib.util.find_spec("libtpu") is None,
     reason="libtpu, the compiler for TPUs, is not installed",
 )
-GENERATIONS = {"v4": "v4:2x2x1", "v5e": "v5e:2x2", "v6e": "v6e:2x2"}
+GENERATIONS = {"v4": "v4:2x2x1", "v5e": "v5e:2x4", "v6e": "v6e:2x2"}
 COMPILED = (
     *("padded-64x128x256", "time-major-128x64x256", "bfloat16-64x128x256"),
     *("packed-16x2048x256-k16", "ids-16x2048x256-k16"),

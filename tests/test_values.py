@@ -7,25 +7,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jax_revseg import (
-    _reference,
-    reverse_segment_order,
-    reverse_segments,
-    reverse_segments_p,
-    reverse_sequence,
-)
+import jax_revseg
+from jax_revseg import _reference, reverse_segments, reverse_sequence
 from jax_revseg._layout import Layout
-from tests.cases import (
-    AXES,
-    BENCHMARKS,
-    CASES,
-    DTYPES,
-    KINDS,
-    LENGTHS_TYPES,
-    TYPES,
-    assert_same_bits,
-    enable_x64,
-)
+from tests import cases
+from tests.cases import AXES, KINDS, LENGTHS_TYPES, TYPES, assert_same_bits, enable_x64
 
 
 # The cases of KINDS are test_eager's, those of TYPES are in test_arrays.py as well.
@@ -215,7 +201,7 @@ def test_no_segments():
     for given in (empty, jnp.asarray(empty), [[], []]):
         assert_same_bits(reverse_segments(x, given), x)
     assert_same_bits(reverse_segments(x[0], cu_seqlens=[0]), x[0])
-    out, lengths = reverse_segment_order(x, empty)
+    out, lengths = jax_revseg.reverse_segment_order(x, empty)
     assert_same_bits(out, x)
     assert lengths.shape == (2, 0)
     assert_same_bits(reverse_segments(x, empty, padding_value=7), np.full_like(x, 7))
@@ -233,16 +219,16 @@ def test_axis_longer_than_an_int32():
         shape = () if kind == "padded" else (4,)
         lengths = jax.ShapeDtypeStruct(shape, jnp.int32)
         layout = Layout(kind, 0, ())
-        bind = functools.partial(reverse_segments_p.bind, layout=layout)
+        bind = functools.partial(jax_revseg.reverse_segments_p.bind, layout=layout)
         text = jax.jit(bind).lower(x, lengths).as_text()
         assert f"tensor<{size}x{positions}>" in text
 
 
 def test_table():
     """Fails if two cases share a name, hence their data, or a dtype is left out."""
-    names = [case.name for case in (*CASES, *BENCHMARKS)]
+    names = [case.name for case in (*cases.CASES, *cases.BENCHMARKS)]
     assert len(set(names)) == len(names)
-    assert {case.dtype for case in CASES} == set(DTYPES)
+    assert {case.dtype for case in cases.CASES} == set(cases.DTYPES)
 
 
 def test_segment_order():
@@ -250,13 +236,13 @@ def test_segment_order():
     rng, axes = np.random.default_rng(0), dict(axis=2, batch_axes=(1, 0))
     x = rng.standard_normal((3, 2, 9, 2)).astype(np.float32)
     reverse = jax.jit(
-        functools.partial(reverse_segment_order, axis=2, batch_axis=(1, 0))
+        functools.partial(jax_revseg.reverse_segment_order, axis=2, batch_axis=(1, 0))
     )
     for low, high in ((0, 4), (-3, 9), (0, 1)):
         lengths = rng.integers(low, high, (2, 3, 4)).astype(np.int32)
         wanted = _reference.reverse_order(x, lengths, **axes)
         for out, want in zip(reverse(x, lengths), wanted, strict=True):
             assert_same_bits(out, want)
-    out, out_lengths = reverse_segment_order(np.arange(6), [2, 3])
+    out, out_lengths = jax_revseg.reverse_segment_order(np.arange(6), [2, 3])
     np.testing.assert_array_equal(out, [2, 3, 4, 0, 1, 5])
     np.testing.assert_array_equal(out_lengths, [3, 2])

@@ -1,22 +1,17 @@
 """vmap over any axes of either operand, against a Python loop over slices."""
 
-import functools
 import itertools
+from functools import partial
 
 import jax
 import numpy as np
 import pytest
 
 from tests.cases import Case, assert_same_bits
+from tests.meshes import with_gradients
+from tests.strategies import take
 
 LAYOUTS = ("padded", "packed", "ids")  # Offsets are packed lengths by then.
-
-
-def slices(array, dim, size):
-    """What a mapped function sees of an operand, for each index."""
-    if dim is None:
-        return [array] * size
-    return list(np.moveaxis(array, dim, 0))
 
 
 def loop(case, x, segments, levels):
@@ -24,9 +19,7 @@ def loop(case, x, segments, levels):
     if not levels:
         return case.expected(x, segments)
     (x_dim, segments_dim, out_dim, size), *inner = levels
-    rows = zip(
-        slices(x, x_dim, size), slices(segments, segments_dim, size), strict=True
-    )
+    rows = [(take(x, i, x_dim), take(segments, i, segments_dim)) for i in range(size)]
     return np.stack([loop(case, *row, inner) for row in rows], out_dim)
 
 
@@ -53,7 +46,7 @@ def operands(case, levels, rng):
 
 def base_cases(layout):
     """One row without batch axes; a time-major batch. Sizes all differ."""
-    make = functools.partial(Case, layout=layout, dtype="int32", count=2, padding_id=2)
+    make = partial(Case, layout=layout, dtype="int32", count=2, padding_id=2)
     return (
         make("row", (5,), axis=0, batch_axes=()),
         make("time-major", (5, 2, 3), axis=0, batch_axes=(2,)),
@@ -102,7 +95,6 @@ def test_gradient_of_an_operand_that_is_not_mapped():
         # Small whole numbers as floats: their sums are exact.
         x = rng.integers(0, 9, case.shape).astype(np.float32)
         ct = rng.integers(0, 9, (4, *case.shape)).astype(np.float32)
-        run = jax.vmap(case.call, (None, 0))
-        gradient = jax.jit(lambda x, s, ct: jax.vjp(lambda x: run(x, s), x)[1](ct)[0])  # noqa: B023
+        run = jax.jit(partial(with_gradients, jax.vmap(case.call, (None, 0))))
         rows = [case.expected(*row) for row in zip(ct, s, strict=True)]
-        assert_same_bits(gradient(x, s, ct), np.sum(rows, 0), layout)
+        assert_same_bits(run(x, s, ct)[1], np.sum(rows, 0), layout)
