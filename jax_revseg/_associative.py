@@ -37,7 +37,7 @@ from jax_revseg._steps import (
 def combine_rows(fn, elems, carry_in, segments, *, call, layout, reverse):
     """The program of `associative_scan_segments`."""
     axis, at, batch_axes = layout.axis, time_axis(layout), layout.batch_axes
-    size = jax.tree.leaves(elems)[0].shape[axis]
+    _, size = layout.sizes(elems)
     if size == 0:
         return elems
     rows, rank = range(len(batch_axes)), max(axis, *batch_axes, 0) + 1

@@ -42,6 +42,15 @@ def check_batch(call: Call, name: str, array: Any, batch: tuple[int, ...]) -> No
         )
 
 
+def one_step(xs: Any, axis: int) -> Any:
+    """Returns the shapes and dtypes of one step of arrays."""
+
+    def leaf(x: jax.Array) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct((*x.shape[:axis], *x.shape[axis + 1 :]), x.dtype)
+
+    return jax.tree.map(leaf, xs)
+
+
 def types_of(tree: Any) -> Any:
     """Returns shapes and dtypes, such as `float32[3,2]`, without shardings."""
     return jax.tree.map(shown, tree)

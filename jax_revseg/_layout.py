@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
+
+import jax
 
 Kind = Literal["padded", "packed", "ids", "starts", "mask"]
 
@@ -33,6 +35,11 @@ class Layout(NamedTuple):
     def per_step(self) -> bool:
         """Whether `segments` has an entry for each position."""
         return self.kind in ("ids", "starts", "mask")
+
+    def sizes(self, xs: Any) -> tuple[tuple[Any, ...], Any]:
+        """Returns the sizes of the batch axes of arrays, and of their segment axis."""
+        shape = jax.tree.leaves(xs)[0].shape
+        return tuple(shape[a] for a in self.batch_axes), shape[self.axis]
 
     def mapped(self, x_dim: int, segments_dim: int | None) -> Layout:
         """Returns the layout after `vmap` adds a dimension to `x`, or to both."""

@@ -14,7 +14,7 @@ import numpy as np
 from jax import lax
 
 from jax_revseg import _compat
-from jax_revseg._boundaries import reverse_between, shift, take_last, to_words
+from jax_revseg._boundaries import reverse_between, shift, to_words
 from jax_revseg._layout import Layout
 from jax_revseg._linear import compiled
 
@@ -73,52 +73,6 @@ def last_end(ends: jax.Array) -> jax.Array:
 def starts_of(ends: jax.Array) -> jax.Array:
     """The start of each packed segment: the end of the segment before."""
     return shift(ends, 1)
-
-
-def _count_up_to(values: jax.Array, limits: jax.Array) -> jax.Array:
-    """For each limit, the number of ascending `values` that are at most the limit.
-
-    A binary search, because `jnp.searchsorted` refuses a symbolic size.
-    """
-    count = values.shape[0]
-    rounds = count.bit_length() if isinstance(count, int) else 31
-
-    def search(i, found):
-        i = jnp.asarray(i, jnp.int32)  # JAX 0.7 gives an int in disable_jit.
-        step = jnp.left_shift(jnp.int32(1), rounds - 1 - i)
-        # Compared this way round the sum cannot wrap.
-        fits = step <= count - found
-        value = take_last(values, jnp.where(fits, found + step - 1, 0))
-        return jnp.where(fits & (value <= limits), found + step, found)
-
-    found = _compat.vary_like(jnp.zeros_like(limits, jnp.int32), values)
-    return lax.fori_loop(0, rounds, search, found)
-
-
-def segment_numbers(starts: jax.Array, ends: jax.Array, size: int) -> jax.Array:
-    """For each position before the last end, the number of its segment.
-
-    A search for each position would take ten times as long. Here a word of 32 bits
-    marks the starts of 32 positions, there is one search for each word, and a position
-    counts the bits up to its own.
-    """
-    full = (starts < ends).astype(jnp.uint32)
-    words = (size + 31) // 32
-    limits = 32 * lax.iota(jnp.uint32, words + 1)
-    before = _count_up_to(starts + 1, limits)
-
-    def sums(values):  # Over the segments that start before each word.
-        values = lax.pad(lax.cumsum(values), jnp.uint32(0), [(1, 0, 0)])
-        return take_last(values, before)
-
-    # Different segments set different bits, so a difference of sums has these bits.
-    marks, ranks = sums(full << (starts & 31)), sums(full)
-    marks, ranks = (marks[1:] - marks[:-1])[:, None], ranks[:-1, None]
-    bit = lax.broadcasted_iota(jnp.uint32, (words, 32), 1)
-    found = ranks + lax.population_count(marks & ((jnp.uint32(2) << bit) - 1)) - 1
-    # The number of the k-th segment that is not empty.
-    numbers = _count_up_to(lax.cumsum(full), lax.iota(jnp.uint32, full.shape[0]))
-    return take_last(numbers, found.reshape(32 * words)[:size])
 
 
 def _padded_index(lengths, size):

@@ -58,7 +58,7 @@ def _prepare(
     xs = jax.tree.map(lambda x: jnp.moveaxis(x, layout.axis, 0), xs)
     rows, over = range(len(layout.batch_axes)), range(1, len(layout.batch_axes) + 1)
     layout = layout._replace(axis=0, batch_axes=tuple(over))
-    _, size = _sizes(xs, layout)
+    _, size = layout.sizes(xs)
     steps = find_steps(call, segments, size, layout, reverse)
     if chunk and size % chunk and steps.valid is None:  # There will be padding.
         steps = steps._replace(valid=jnp.ones_like(steps.starts))
@@ -133,7 +133,7 @@ def _run_loop(step: Any, loop: _Loop, *, reverse=False, unroll=1, chunk=None) ->
 
 def scan_rows(f, init, carry_in, xs, segments, *, call, layout, reverse, unroll, chunk):
     """The program of `scan_segments`."""
-    batch, size = _sizes(xs, layout)
+    batch, size = layout.sizes(xs)
     loop = _prepare(call, layout, init, carry_in, xs, segments, reverse, chunk)
     step = check_step(call, f, batch)
     carry, ys = _run_loop(step, loop, reverse=reverse, unroll=unroll, chunk=chunk)
@@ -143,7 +143,7 @@ def scan_rows(f, init, carry_in, xs, segments, *, call, layout, reverse, unroll,
 
 def scan_both_ways(f, params, inits, xs, segments, *, call, layout, unroll):
     """The program of `bidirectional_scan`."""
-    batch, _ = _sizes(xs, layout)
+    batch, _ = layout.sizes(xs)
     ways = [
         _prepare(call, layout, init, None, xs, segments, reverse)
         for init, reverse in zip(inits, (False, True), strict=True)
@@ -169,11 +169,6 @@ def scan_both_ways(f, params, inits, xs, segments, *, call, layout, unroll):
     outputs[1] = jax.tree.map(_flip, outputs[1])
     outputs = [_outputs(call, ys, layout.axis) for ys in outputs]
     return (_one_way(carries, 0), _one_way(carries, 1)), (outputs[0], outputs[1])
-
-
-def _sizes(xs: Any, layout: Layout) -> tuple[tuple[Any, ...], Any]:
-    shape = jax.tree.leaves(xs)[0].shape
-    return tuple(shape[a] for a in layout.batch_axes), shape[layout.axis]
 
 
 def _flip(x: jax.Array) -> jax.Array:

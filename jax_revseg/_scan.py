@@ -3,21 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from functools import partial
 from typing import Any
 
-import jax
-
+from jax_revseg import _carry
 from jax_revseg._arguments import AxisName, Call, Integers
 from jax_revseg._associative import combine_rows
-from jax_revseg._carry import (
-    carry_arrays,
-    check_callable,
-    check_carry_in,
-    check_pair,
-    check_unroll,
-)
-from jax_revseg._layout import Layout
 from jax_revseg._programs import run
 from jax_revseg._recurrence import scan_both_ways, scan_rows
 from jax_revseg._steps import parse_steps
@@ -126,16 +116,16 @@ def scan_segments(
     Source: `jax.lax.scan`; masks as in `tf.keras.layers.RNN`.
     """
     call = Call("scan_segments")
-    check_callable(call, "f", f)
-    unroll = check_unroll(call, unroll)
+    _carry.check_callable(call, "f", f)
+    unroll = _carry.check_unroll(call, unroll)
     encodings = dict(lengths=lengths, segment_ids=segment_ids, cu_seqlens=cu_seqlens)
     encodings.update(starts=starts, mask=mask, padding_id=padding_id)
     xs, segments, layout = parse_steps(call, "xs", xs, axis, **encodings)
-    batch = _batch(xs, layout)
-    init = carry_arrays(call, "init", init, batch)
+    batch, _ = layout.sizes(xs)
+    init = _carry.carry_arrays(call, "init", init, batch)
     if carry_in is not None:
-        carry_in = carry_arrays(call, "carry_in", carry_in, batch)
-        check_carry_in(call, carry_in, "init", init)
+        carry_in = _carry.carry_arrays(call, "carry_in", carry_in, batch)
+        _carry.check_carry_in(call, carry_in, "init", init)
     chunk = chunk if chunk is None else call.integer("chunk", chunk, 1)
     more = dict(reverse=call.flag("reverse", reverse), unroll=unroll, chunk=chunk)
     operands = init, carry_in, xs, segments
@@ -212,13 +202,13 @@ def bidirectional_scan(
     Transactions on Signal Processing 45 (1997).
     """
     call = Call("bidirectional_scan")
-    check_callable(call, "f", f)
-    unroll = check_unroll(call, unroll)
+    _carry.check_callable(call, "f", f)
+    unroll = _carry.check_unroll(call, unroll)
     encodings = dict(lengths=lengths, segment_ids=segment_ids, cu_seqlens=cu_seqlens)
     encodings.update(starts=starts, mask=mask, padding_id=padding_id)
     xs, segments, layout = parse_steps(call, "xs", xs, axis, **encodings)
-    params = check_pair(call, "params", params)
-    inits = check_pair(call, "init", init, _batch(xs, layout))
+    params = _carry.check_pair(call, "params", params)
+    inits = _carry.check_pair(call, "init", init, layout.sizes(xs)[0])
     static = dict(call=call, layout=layout, unroll=unroll)
     return run(scan_both_ways, f, params, inits, xs, segments, **static)
 
@@ -292,23 +282,15 @@ def associative_scan_segments(
     segmented scans.
     """
     call = Call("associative_scan_segments", axis_name=axis_name)
-    check_callable(call, "fn", fn)
+    _carry.check_callable(call, "fn", fn)
     encodings = dict(lengths=lengths, segment_ids=segment_ids, cu_seqlens=cu_seqlens)
     encodings.update(starts=starts, padding_id=padding_id)
     elems, segments, layout = parse_steps(call, "elems", elems, axis, **encodings)
     if carry_in is not None:
-        carry_in = carry_arrays(call, "carry_in", carry_in, _batch(elems, layout))
-        steps = jax.tree.map(partial(_one_step, layout.axis), elems)
-        check_carry_in(call, carry_in, "one step of elems", steps)
+        batch, _ = layout.sizes(elems)
+        carry_in = _carry.carry_arrays(call, "carry_in", carry_in, batch)
+        step = _carry.one_step(elems, layout.axis)
+        _carry.check_carry_in(call, carry_in, "one step of elems", step)
     reverse = call.flag("reverse", reverse)
     static = dict(call=call, layout=layout, reverse=reverse)
     return run(combine_rows, fn, elems, carry_in, segments, **static)
-
-
-def _batch(xs: Any, layout: Layout) -> tuple[int, ...]:
-    shape = jax.tree.leaves(xs)[0].shape
-    return tuple(shape[a] for a in layout.batch_axes)
-
-
-def _one_step(axis: int, x: jax.Array) -> jax.ShapeDtypeStruct:
-    return jax.ShapeDtypeStruct((*x.shape[:axis], *x.shape[axis + 1 :]), x.dtype)

@@ -125,9 +125,9 @@ def _layout(call: Call, x_shape: Any, shape: Any, static: tuple[Any, ...]) -> La
     x, ndim, rank = call.x_name, len(x_shape), len(shape)
     batch = shape if kind == "padded" else shape[:-1]
     # One length for each row, where several are expected.
-    single = name == "lengths" and kind == "packed" and rank < 2
-    wrong = single and axis is None and 1 == rank < ndim and shape == x_shape[:1]
-    wrong = (wrong and shape[0] > 1) or (kind != "padded" and rank == 0)
+    wrong = name == "lengths" and kind == "packed" and axis is None
+    wrong = wrong and 1 == rank < ndim and 1 < shape[0] == x_shape[0]
+    wrong |= kind != "padded" and rank == 0
     wrong |= name == "cu_seqlens" and shape[-1:] == (0,)
     try:
         axis = len(batch) if axis is None else range(ndim)[axis]
@@ -140,12 +140,24 @@ def _layout(call: Call, x_shape: Any, shape: Any, static: tuple[Any, ...]) -> La
         )
     twice = len({*axes, axis}) != len(axes) + 1
     layout, expected = Layout(kind, axis, axes, padding_id, call.function), batch
-    if per_step := layout.per_step:  # They lie like x.
+    if layout.per_step:  # They lie like x.
         layout = layout._replace(batch_axes=tuple(sorted(axes)))
         axes, expected = tuple(sorted((*axes, axis))), shape
     sizes = tuple(x_shape[a] for a in axes if a < ndim)
     if not (wrong or twice) and axis < ndim and expected == sizes:
         return layout
+    call.fail(
+        f"{name} has shape {shape} and {x} has shape {x_shape}: {name} goes with axes "
+        f"{axes}, of sizes {sizes}, and axis {axis} is the segment axis; "
+        f"{_remedy(call, name, shape, x_shape, layout, sizes, twice)}."
+    )
+
+
+def _remedy(call, name, shape, x_shape, layout, sizes, twice) -> str:
+    x, ndim, rank, per_step = call.x_name, len(x_shape), len(shape), layout.per_step
+    padded = layout.kind == "padded"
+    batch = shape if padded else shape[:-1]
+    single = name == "lengths" and layout.kind == "packed" and rank < 2
     several = "cu_seqlens= or segment_ids=, for a mask mask= (boolean)"
     several = "reverse_segments" if call.reverses else several
     local = per_step and call.axis_name is not None
@@ -154,10 +166,10 @@ def _layout(call: Call, x_shape: Any, shape: Any, static: tuple[Any, ...]) -> La
         "use reverse_sequence for one length a row or axis=0": single and call.reverses,
         "use jax.vmap over batches": call.function == "pack_segments",
         "K segments take K + 1 offsets": name == "cu_seqlens",
-        f"for several segments a row use {several}": kind == "padded" and rank > 1,
+        f"for several segments a row use {several}": padded and rank > 1,
         f"swap {x} and lengths": name == "lengths" and rank > ndim,
         f"give {x} batch axes, with jax.numpy.broadcast_to if all rows are equal"
-        f"{', or swap init and xs' * x.startswith('xs')}": axis == ndim == 1,
+        f"{', or swap init and xs' * x.startswith('xs')}": layout.axis == ndim == 1,
         f"transpose {name}": per_step and shape == sizes[::-1],
         f"if {x} is time-major, use axis=0": batch == x_shape[1 : len(batch) + 1] != (),
         f"give this device's block of {name}, by in_specs like those of {x}": local,
@@ -165,11 +177,7 @@ def _layout(call: Call, x_shape: Any, shape: Any, static: tuple[Any, ...]) -> La
     }
     default = f"give one entry for each {'step' if per_step else 'row'}, or name the "
     default += f"axes with axis{' and batch_axis' * call.reverses}"
-    call.fail(
-        f"{name} has shape {shape} and {x} has shape {x_shape}: {name} goes with axes "
-        f"{axes}, of sizes {sizes}, and axis {axis} is the segment axis; "
-        f"{'; '.join(hint for hint in hints if hints[hint]) or default}."
-    )
+    return "; ".join(hint for hint in hints if hints[hint]) or default
 
 
 @compiled

@@ -27,7 +27,7 @@ from jax_revseg import (
     unpack_segments,
 )
 from tests.cases import Case, assert_same_bits, enable_x64
-from tests.meshes import mesh
+from tests.meshes import make_mesh
 
 X = np.arange(12, dtype=np.float32).reshape(3, 4)
 I8 = np.zeros((2, 4), np.int8)
@@ -352,7 +352,7 @@ def on_two_devices(ids):
     sums = partial(associative_scan_segments, jnp.add, axis_name="b")
     sums, axis = lambda x, ids, f=sums: f(x, segment_ids=ids), P(None, "b")
     specs = dict(in_specs=(axis, ids), out_specs=axis)
-    return jax.shard_map(sums, mesh=mesh(), **specs)(X, IDS)
+    return jax.shard_map(sums, mesh=make_mesh(), **specs)(X, IDS)
 
 
 def packed_rows():
