@@ -219,8 +219,11 @@ def gather_rows(x, index, layout):
 
     The index lies like `x` without its features, with one more axis of size 1.
     """
-    rows = sorted(layout.batch_axes)
-    return _gather(x, index, layout.axis, rows, window=False)
+    axis, rows = layout.axis, sorted(layout.batch_axes)
+    if 0 in x.shape:  # A gather cannot have an empty axis before JAX 0.8.
+        size = index.shape[sum(a < axis for a in rows)]
+        return lax.slice_in_dim(x, 0, size, axis=axis)
+    return _gather(x, index, axis, rows, window=False)
 
 
 def _reverse_rows(x, segments, layout):
