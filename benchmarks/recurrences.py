@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from benchmarks.cells import Layer, Shape, layer, ragged, random
+from benchmarks.cells import Layer, Shape, layer, linear, ragged, random
 from benchmarks.timing import Contender, Options, Row, gather, measure, repeat
 from jax_revseg import (
     associative_scan_segments,
@@ -191,13 +191,19 @@ def measure_associative(rows: str, shape: Shape, options: Options) -> Row:
         x = reset(decay, reverse_segments(x, **ids), segments["starts"], False)
         return reverse_segments(x, **ids)
 
+    def loop(decay: Any, x: Any, segments: Any) -> jax.Array:
+        step, init = partial(linear, {"n": decay}), jnp.zeros((n, features))
+        name = "lengths" if rows == "padded" else "starts"
+        return scan_segments(step, init, x, **{name: segments[name]}, reverse=True)[1]
+
     base: dict[str, Way] = {ASSOCIATIVE: lambda decay, x, _: scan(decay, x, True)}
     ways: dict[str, Way] = {
         "decay reset by hand": lambda decay, x, segments: reset(
             decay, x, segments["ends"], True
         ),
-        **by_encoding("associative_scan_segments", rows, ours),
+        **by_encoding("ours", rows, ours),
         "reverse, scan, reverse": reversing,
+        "scan_segments": loop,
     }
     operands = params, x, segments
     own = [*of_jax(base, operands, weights, "none"), *of_jax(ways, operands, weights)]
