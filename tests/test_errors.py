@@ -305,6 +305,11 @@ def test_padding_values_that_do_not_fit_raise(value, dtype):
             call()
 
 
+def test_one_segment_along_an_axis_of_size_1():
+    """Fails if it is taken for one length a row."""
+    np.testing.assert_array_equal(reverse_segments(X[:1], [1]), X[:1])
+
+
 def test_padding_values_that_fit_are_cast():
     for value, dtype in (
         (0.0, np.int32),

@@ -178,6 +178,7 @@ def ramp(x):
     (
         ("reverse_sequence", "lengths"),
         ("reverse_segments", "segment_ids"),
+        ("bidirectional", "cu_seqlens"),
         ("bidirectional", "starts"),
         ("bidirectional", "mask"),
     ),
@@ -187,10 +188,11 @@ def test_remedies_of_a_sharded_segment_axis(name, given):
     host = integers((8, 6, 4))
     ids = np.arange(6) // 2 + np.zeros((8, 1), int)
     segments = {"segment_ids": ids, "starts": ids % 2 > 0, "mask": ids != 1}
+    segments["cu_seqlens"] = ids[:, ::5] + np.arange(2)
     segments = segments.get(given, np.arange(8) % 7)
     function = getattr(jax_revseg, name)
     call = partial(function, *[ramp, ramp][: 2 * (name[0] == "b")])
-    spec = P(None, "b") if given != "lengths" else P()
+    spec = P() if given in ("lengths", "cu_seqlens") else P(None, "b")
     s = put(MESH, segments, *spec)
     x = put(MESH, host, None, "b", None)
     with pytest.raises(ValueError, match=r"(?s)axis 1 of x.*reshard") as error:
