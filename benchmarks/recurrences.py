@@ -22,7 +22,6 @@ from jax_revseg import (
     associative_scan_segments,
     bidirectional,
     bidirectional_scan,
-    reverse_segments,
     scan_segments,
 )
 
@@ -174,35 +173,26 @@ def measure_associative(rows: str, shape: Shape, options: Options) -> Row:
     def combine(left: Any, right: Any) -> Any:
         return left[0] * right[0], right[0] * left[1] + right[1]
 
-    def scan(decay: Any, x: Any, reverse: bool) -> jax.Array:
+    def scan(decay: Any, x: Any) -> jax.Array:
         decay = jnp.broadcast_to(decay, x.shape)
-        return lax.associative_scan(combine, (decay, x), axis=1, reverse=reverse)[1]
+        return lax.associative_scan(combine, (decay, x), axis=1, reverse=True)[1]
 
-    def reset(decay: Any, x: Any, resets: Any, reverse: bool) -> jax.Array:
-        return scan(jnp.where(resets[..., None], 0, decay), x, reverse)
+    def reset(decay: Any, x: Any, segments: Any) -> jax.Array:
+        return scan(jnp.where(segments["ends"][..., None], 0, decay), x)
 
     def ours(decay: Any, x: Any, **more: Any) -> jax.Array:
         elems = jnp.broadcast_to(decay, x.shape), x
         return associative_scan_segments(combine, elems, reverse=True, **more)[1]
-
-    def reversing(decay: Any, x: Any, segments: Any) -> jax.Array:
-        padding = 0 if rows == "padded" else None
-        ids = dict(segment_ids=segments["segment_ids"], padding_id=padding)
-        x = reset(decay, reverse_segments(x, **ids), segments["starts"], False)
-        return reverse_segments(x, **ids)
 
     def loop(decay: Any, x: Any, segments: Any) -> jax.Array:
         step, init = partial(linear, {"n": decay}), jnp.zeros((n, features))
         name = "lengths" if rows == "padded" else "starts"
         return scan_segments(step, init, x, **{name: segments[name]}, reverse=True)[1]
 
-    base: dict[str, Way] = {ASSOCIATIVE: lambda decay, x, _: scan(decay, x, True)}
+    base: dict[str, Way] = {ASSOCIATIVE: lambda decay, x, _: scan(decay, x)}
     ways: dict[str, Way] = {
-        "decay reset by hand": lambda decay, x, segments: reset(
-            decay, x, segments["ends"], True
-        ),
+        "decay reset by hand": reset,
         **by_encoding("ours", rows, ours),
-        "reverse, scan, reverse": reversing,
         "scan_segments": loop,
     }
     operands = params, x, segments
