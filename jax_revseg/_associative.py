@@ -21,6 +21,7 @@ from jax import lax
 from jax_revseg._arguments import Call
 from jax_revseg._boundaries import shift
 from jax_revseg._carry import alike, describe, same_types
+from jax_revseg._lowering import with_features
 from jax_revseg._steps import (
     enters,
     find_steps,
@@ -28,15 +29,13 @@ from jax_revseg._steps import (
     is_at,
     select,
     take_step,
-    time_axis,
-    with_features,
     zero_padding,
 )
 
 
 def combine_rows(fn, elems, carry_in, segments, *, call, layout, reverse):
     """The program of `associative_scan_segments`."""
-    axis, at, batch_axes = layout.axis, time_axis(layout), layout.batch_axes
+    axis, at, batch_axes = layout.axis, layout.time_axis, layout.batch_axes
     _, size = layout.sizes(elems)
     if size == 0:
         return elems

@@ -17,16 +17,10 @@ from jax_revseg._arguments import AxisName, BatchAxis, Call, Integers
 from jax_revseg._carry import alike, check_callable
 from jax_revseg._layout import Layout
 from jax_revseg._linear import compiled
-from jax_revseg._lowering import gather_rows
+from jax_revseg._lowering import gather_rows, with_features
 from jax_revseg._primitive import merged_spec
 from jax_revseg._segments import parse_arrays
-from jax_revseg._steps import (
-    fill_padding,
-    find_steps,
-    time_axis,
-    with_features,
-    zero_padding,
-)
+from jax_revseg._steps import fill_padding, find_steps, zero_padding
 
 
 def concatenate(forward: Any, backward: Any) -> Any:
@@ -143,22 +137,21 @@ def bidirectional(
     if axis_name is None:
         for leaf in jax.tree.leaves(x):
             merged_spec(jax.typeof(leaf), jax.typeof(segments), layout)
-    at_front, given = layout, segments
+    given, original = segments, layout
     if mask is not None:
         if axis_name is not None:
             call.fail(
                 f"mask and axis_name={axis_name!r} are both given, but valid steps "
                 "would move from device to device; give lengths or segment_ids."
             )
-        x = jax.tree.map(lambda a: _to_front(a, given, layout=layout), x)
-        segments = _counts(given)
-        at_front = layout._replace(kind="padded")
-    if at_front.kind == "padded":
-        fill = partial(_fill, call=call, layout=at_front)
+        x = jax.tree.map(lambda a: _to_front(a, given, layout=original), x)
+        segments, layout = _counts(given), layout._replace(kind="padded")
+    if layout.kind == "padded":
+        fill = partial(_fill, call=call, layout=layout)
         x = jax.tree.map(lambda leaf: fill(leaf, segments), x)
 
     def reverse(tree: Any) -> Any:
-        return jax.tree.map(lambda a: reverse_rows(call, a, segments, at_front), tree)
+        return jax.tree.map(lambda a: reverse_rows(call, a, segments, layout), tree)
 
     def run(name: str, inputs: Any) -> Any:
         check = partial(_check_output, call, layout, shape, merge is concatenate, name)
@@ -166,7 +159,7 @@ def bidirectional(
 
     results = run("forward", x), reverse(run("backward", reverse(x)))
     if mask is not None:
-        results = jax.tree.map(lambda y: _back(y, given, layout=layout), results)
+        results = jax.tree.map(lambda y: _back(y, given, layout=original), results)
     return merge(*results)
 
 
@@ -206,16 +199,16 @@ def _fill(x, segments, *, call, layout):
 @compiled
 def _to_front(x, mask, *, layout):
     """Moves the valid steps of each row to its front."""
-    mask = jnp.moveaxis(mask, -1, at := time_axis(layout))
-    return gather_rows(x, jnp.argsort(~mask, at)[..., None], layout)
+    mask = jnp.moveaxis(mask, -1, at := layout.time_axis)
+    return gather_rows(x, jnp.argsort(~mask, at), layout)
 
 
 @compiled
 def _back(y, mask, *, layout):
     """Moves steps from the front back to where they are valid."""
-    mask = jnp.moveaxis(mask, -1, at := time_axis(layout))
+    mask = jnp.moveaxis(mask, -1, at := layout.time_axis)
     rank = lax.cumsum(mask.astype(jnp.int32), at)
-    y = gather_rows(y, jnp.maximum(rank - 1, 0)[..., None], layout)
+    y = gather_rows(y, jnp.maximum(rank - 1, 0), layout)
     return zero_padding(y, with_features(mask, y.ndim, layout))
 
 

@@ -36,6 +36,11 @@ class Layout(NamedTuple):
         """Whether `segments` has an entry for each position."""
         return self.kind in ("ids", "starts", "mask")
 
+    @property
+    def time_axis(self) -> int:
+        """The segment axis in an array that lies like `x`, without its features."""
+        return sum(a < self.axis for a in self.batch_axes)
+
     def sizes(self, xs: Any) -> tuple[tuple[Any, ...], Any]:
         """Returns the sizes of the batch axes of arrays, and of their segment axis."""
         shape = jax.tree.leaves(xs)[0].shape

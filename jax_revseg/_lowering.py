@@ -152,8 +152,13 @@ def align(values: jax.Array, ndim: int, layout: Layout) -> jax.Array:
     """Brings `(*batch, size)` into the axis order of an `x` of rank `ndim`."""
     axes = (*layout.batch_axes, layout.axis)
     order = sorted(range(len(axes)), key=axes.__getitem__)
-    others = [a for a in range(ndim) if a not in axes]
-    return lax.expand_dims(lax.transpose(values, order), others)
+    return with_features(lax.transpose(values, order), ndim, layout)
+
+
+def with_features(values: jax.Array, ndim: int, layout: Layout) -> jax.Array:
+    """Gives values that lie like `x` without its features the axes of `x`."""
+    axes = (*layout.batch_axes, layout.axis)
+    return lax.expand_dims(values, [a for a in range(ndim) if a not in axes])
 
 
 def pad_to_multiple(x: Any, axis: int, multiple: int, value: Any = 0) -> jax.Array:
@@ -215,22 +220,20 @@ def _gather(x, index, axis, rows, window):
 
 
 def gather_rows(x, index, layout):
-    """Indexes the segment axis of each row; features move in one piece.
-
-    The index lies like `x` without its features, with one more axis of size 1.
-    """
-    axis, rows = layout.axis, sorted(layout.batch_axes)
+    """Indexes the segment axis by an index that lies like `x` without its features."""
     if 0 in x.shape:  # A gather cannot have an empty axis before JAX 0.8.
-        size = index.shape[sum(a < axis for a in rows)]
-        return lax.slice_in_dim(x, 0, size, axis=axis)
-    return _gather(x, index, axis, rows, window=False)
+        size = index.shape[layout.time_axis]
+        return lax.slice_in_dim(x, 0, size, axis=layout.axis)
+    rows = sorted(layout.batch_axes)
+    return _gather(x, index[..., None], layout.axis, rows, window=False)
 
 
 def _reverse_rows(x, segments, layout):
+    """Indexes the batch axes and the segment axis; features move in one piece."""
     axis, batch_axes = layout.axis, layout.batch_axes
     index = align(source_index(segments, x.shape[axis], layout), x.ndim, layout)
     index = index.reshape(*(x.shape[a] for a in sorted((*batch_axes, axis))), 1)
-    return gather_rows(x, index, layout)
+    return _gather(x, index, axis, sorted(batch_axes), window=False)
 
 
 def _reverse_windows(x, lengths, layout):

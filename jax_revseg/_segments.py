@@ -97,7 +97,7 @@ def _segments(
     if on_device and name == "lengths" and call.axis_name is None:  # The usual call.
         return values, layout
     if layout.per_step:  # They lie like x.
-        at = sorted((*layout.batch_axes, layout.axis)).index(layout.axis)
+        at = layout.time_axis
         numpy: Any = jnp if on_device else np
         values = values if at == values.ndim - 1 else numpy.moveaxis(values, at, -1)
     elif call.axis_name is not None:

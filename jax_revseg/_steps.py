@@ -21,6 +21,7 @@ from jax_revseg._lowering import (
     packed_ends,
     position_dtype,
     starts_of,
+    with_features,
 )
 from jax_revseg._primitive import bind
 from jax_revseg._segments import parse_arrays
@@ -29,11 +30,11 @@ from jax_revseg._segments import parse_arrays
 class Steps(NamedTuple):
     """The steps of a block of rows, in the direction of a scan.
 
-    Masks lie like `x` without its features, so that none is transposed.
+    All lie like `x` without its features: so the marks of a user are not transposed.
     """
 
     valid: Any  # None if all are.
-    starts: Any  # Where a segment starts, or is padding; None for one segment a row.
+    starts: Any  # Where a segment starts, or is padding; None for a mask.
     first: Any  # The index of the first valid step, or -1; the time axis has size 1.
 
 
@@ -53,17 +54,6 @@ def parse_steps(
                 "jax.sharding.reshard."
             )
     return xs, segments, layout
-
-
-def time_axis(layout: Layout) -> int:
-    """The segment axis of a mask."""
-    return sum(a < layout.axis for a in layout.batch_axes)
-
-
-def with_features(mask: jax.Array, rank: int, layout: Layout) -> jax.Array:
-    """Gives a mask the axes of an `x` of this rank."""
-    axes = (*layout.batch_axes, layout.axis)
-    return lax.expand_dims(mask, [a for a in range(rank) if a not in axes])
 
 
 def _positions(call: Call, shape: Any, at: int) -> tuple[Any, jax.Array]:
@@ -129,7 +119,7 @@ def find_steps(
     """Finds the steps in the segments of a call; `size` is that of a block."""
     if size == 0:
         return Steps(None, None, None)
-    at, kind, total = time_axis(layout), layout.kind, size * call.devices
+    at, kind, total = layout.time_axis, layout.kind, size * call.devices
     order = sorted(range(len(layout.batch_axes)), key=layout.batch_axes.__getitem__)
     shape = [segments.shape[i] for i in order]
     shape.insert(at, size)
@@ -157,11 +147,11 @@ def find_steps(
         first = (count if reverse else jnp.minimum(count, 1)) - 1
         if kind == "padded":
             starts = t == (end - 1 if reverse else 0)
-    if reverse and starts is not None and kind != "padded":  # It starts at its end.
-        starts = starts if valid is None else starts | ~valid
-        starts = _neighbours(call, starts, -1, at) | (t == total - 1)
-    if valid is not None and starts is not None:
-        starts |= ~valid
+    if starts is not None:
+        padding = False if valid is None else ~valid
+        if reverse and kind != "padded":  # A segment starts at its end.
+            starts = _neighbours(call, starts | padding, -1, at) | (t == total - 1)
+        starts |= padding
     return Steps(valid, starts, first)
 
 
@@ -182,7 +172,7 @@ def is_at(index: jax.Array, like: jax.Array, at: int) -> jax.Array:
 
 def take_step(x: jax.Array, index: jax.Array, layout: Layout) -> jax.Array:
     """Takes one step of each row; the segment axis stays, with size 1."""
-    return gather_rows(x, jnp.maximum(index, 0)[..., None], layout)
+    return gather_rows(x, jnp.maximum(index, 0), layout)
 
 
 def first_valid(x: jax.Array, first: jax.Array, layout: Layout) -> jax.Array:
@@ -190,7 +180,7 @@ def first_valid(x: jax.Array, first: jax.Array, layout: Layout) -> jax.Array:
     step = take_step(x, first, layout)
     if _is_key(x):
         return step  # Any key is as good as another.
-    some = lax.squeeze(first >= 0, [time_axis(layout)])
+    some = lax.squeeze(first >= 0, [layout.time_axis])
     step = lend(step, some, sorted(layout.batch_axes))
     # Without a valid step anywhere, roots, logarithms and quotients are smooth here.
     default = 0.5 if jnp.issubdtype(x.dtype, jnp.inexact) else 1
