@@ -231,8 +231,7 @@ def associative_scan_segments(
 
     Step `t` of the result combines the steps of its segment from the start to `t`, in
     O(log T) parallel rounds. The result is zero at padding. Padding, even NaN, never
-    affects other outputs or gradients. On a CPU `scan_segments` is faster where many
-    features move.
+    affects other outputs or gradients. On a CPU `scan_segments` is faster.
 
     Args:
         fn: Associative function `fn(a, b)` of two pytrees like `elems`, where `a` comes
