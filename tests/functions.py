@@ -106,7 +106,7 @@ def everything(x, others, functions=FUNCTIONS):
     return out
 
 
-def same(actual, desired):
+def same_values(actual, desired):
     """Asserts that the results of each function in `desired` are equal."""
     for name in desired:
         pairs = zip(*map(jax.tree.leaves, (actual[name], desired[name])), strict=True)

@@ -15,7 +15,15 @@ import pytest
 from jax_revseg import reverse_sequence
 from tests import functions
 from tests.cases import Case, enable_x64
-from tests.functions import FEW, FUNCTIONS, LINEAR, everything, operands, same, values
+from tests.functions import (
+    FEW,
+    FUNCTIONS,
+    LINEAR,
+    everything,
+    operands,
+    same_values,
+    values,
+)
 
 
 @pytest.fixture(scope="module")
@@ -45,8 +53,8 @@ def test_eager_calls_move_nothing_and_promote_nothing(on_device):
         scans = {k: f for k, f in functions.SCANS.items() if k != "associative"}
         actual = {name: values(f, x, others) for name, f in scans.items()}
         gradients = everything(x, others, LINEAR)
-    same(actual, {name: desired[name][0] for name in actual})
-    same(gradients, {name: desired[name] for name in LINEAR})
+    same_values(actual, {name: desired[name][0] for name in actual})
+    same_values(gradients, {name: desired[name] for name in LINEAR})
 
 
 def test_settings_that_raise_find_nothing(on_device):
@@ -59,11 +67,11 @@ def test_settings_that_raise_find_nothing(on_device):
     finally:
         jax.config.update("jax_enable_checks", False)
     with jax.debug_nans(True):
-        same(run(x, others), desired)
+        same_values(run(x, others), desired)
     few = {name: FUNCTIONS[name] for name in ("ids", "pack value", "bidirectional")}
     with jax.disable_jit():
         some = everything(x, others, few)
-    same(some, {name: desired[name] for name in few})
+    same_values(some, {name: desired[name] for name in few})
 
 
 def test_any_memory_layout_on_the_host(on_device, tmp_path):
@@ -83,7 +91,7 @@ def test_any_memory_layout_on_the_host(on_device, tmp_path):
     for convert in (fortran, negative, mapped):
         x, others = jax.tree.map(convert, operands())
         actual = {name: values(f, x, others) for name, f in FEW.items()}
-        same(actual, {name: desired[name][0] for name in actual})
+        same_values(actual, {name: desired[name][0] for name in actual})
 
 
 def test_threads_that_call_with_new_shapes():
@@ -108,6 +116,8 @@ def test_x64_switched_at_run_time(on_device):
     with enable_x64():
         wide = jax.device_put(operands(dtype=np.float64, index=np.int64))
         run = jax.jit(partial(everything, functions=FEW))
-        same(run(*wide), {name: desired[name] for name in FEW})
+        same_values(run(*wide), {name: desired[name] for name in FEW})
         name = "lengths value"
-        same({name: values(FUNCTIONS[name], x, others)}, {name: desired[name][0]})
+        same_values(
+            {name: values(FUNCTIONS[name], x, others)}, {name: desired[name][0]}
+        )
