@@ -62,49 +62,38 @@ def take_last(values: jax.Array, index: jax.Array) -> jax.Array:
     return lax.gather(values, index, numbers, (1,) * values.ndim, mode="clip")
 
 
-def _running_max(values: jax.Array) -> jax.Array:
-    """Doubles the reach in each round, for symbolic sizes and without a custom call."""
-    at = _iota(values.shape, values.ndim - 1)
-
-    def step(i, values):
-        step = _WORD(1) << i.astype(_WORD)
-        return jnp.maximum(values, take_last(values, at - jnp.minimum(at, step)))
-
-    return lax.fori_loop(0, 27, step, values)  # 2**27 words mark 2**32 positions.
-
-
-def _around_words(words: jax.Array) -> tuple[jax.Array, jax.Array]:
+def _around_words(words: jax.Array, level: int) -> tuple[jax.Array, jax.Array]:
     """For each word, the last set position before it and the first after it."""
     count, last = words.shape[-1], words.ndim - 1
     first = 32 * _iota(words.shape, last)
     low, high = first + _first_bit(words), first + _last_bit(words)
-    if isinstance(count, int) and count <= _FEW:
+    # A symbolic number gets two levels: 2**20 pairs of words for 2**25 positions.
+    if count <= _FEW if isinstance(count, int) else level == 2:
         pairs = (*words.shape, count)
         word, other = _iota(pairs, last), _iota(pairs, last + 1)
         some = (words != 0)[..., None, :]
         high = jnp.where(some & (other < word), high[..., None, :], 0)
         low = jnp.where(some & (other > word), low[..., None, :], ~_WORD(0))
         return jnp.max(high, -1), jnp.min(low, -1)
-    if isinstance(count, int):
-        before, after = _around_bits(to_words(words != 0), inclusive=False)
-        return take_last(high, before[..., :count]), take_last(low, after[..., :count])
-    before = _running_max(shift(jnp.where(words != 0, high, 0), 1))
-    after = lax.rev(jnp.where(words != 0, ~low, 0), (last,))
-    after = ~_running_max(shift(after, 1))
-    return before, lax.rev(after, (last,))
+    around = around_bits(to_words(words != 0), level + 1)
+    before, after = (lax.slice_in_dim(at, 0, count, axis=last) for at in around)
+    return take_last(high, before), take_last(low, after)
 
 
-def _around_bits(words: jax.Array, *, inclusive: bool) -> tuple[jax.Array, jax.Array]:
-    """For each position, the last set one before (or at) it and the first after it."""
-    before, after = _around_words(words)
-    if inclusive:
+def around_bits(words: jax.Array, level: int = 0) -> tuple[jax.Array, jax.Array]:
+    """For each position, the last set one at or before it and the first after it.
+
+    Past level 0, where a bit stands for a word: the last before it.
+    """
+    before, after = _around_words(words, level)
+    if level == 0:
         # Without the barrier XLA:GPU fuses the tree into the gather and recomputes it
         # for every element.
         before, after = lax.optimization_barrier((before, after))
     shape = (*words.shape, 32)
     first, bit = _iota(shape, len(shape) - 2) * 32, _iota(shape, len(shape) - 1)
     upto = (_WORD(2) << bit) - 1
-    below = words[..., None] & (upto if inclusive else upto >> 1)
+    below = words[..., None] & (upto >> 1 if level else upto)
     above = words[..., None] & ~upto
     before = jnp.where(below != 0, first + _last_bit(below), before[..., None])
     after = jnp.where(above != 0, first + _first_bit(above), after[..., None])
@@ -117,6 +106,6 @@ def reverse_between(words: jax.Array, size: int) -> jax.Array:
 
     Bits 0 and `size` must be set, the latter in the last word.
     """
-    before, after = _around_bits(words, inclusive=True)
+    before, after = around_bits(words)
     index = before + after - 1 - _iota(before.shape, before.ndim - 1)
     return index[..., :size]

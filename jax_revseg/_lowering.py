@@ -83,14 +83,13 @@ def _padded_index(lengths, size):
     return jnp.where(t < end, end - 1 - t, t).astype(jnp.uint32)
 
 
-def _packed_index(lengths, size):
-    last = lengths.ndim - 1
+def start_words(starts: jax.Array, ends: jax.Array, size: int) -> jax.Array:
+    """Words of bits that mark the starts of packed segments that are not empty."""
+    last = starts.ndim - 1
     rows = tuple(range(last))
-    ends = packed_ends(lengths, size).astype(jnp.uint32)
-    starts = starts_of(ends)
-    # Non-empty segments have different starts, so addition sets their bits.
-    words = lax.scatter_add(
-        jnp.zeros_like(ends, shape=(*lengths.shape[:-1], size // 32 + 1)),
+    # Such segments have different starts, so addition sets their bits.
+    return lax.scatter_add(
+        jnp.zeros_like(ends, shape=(*ends.shape[:-1], size // 32 + 1)),
         starts[..., None] >> 5,
         (starts < ends).astype(jnp.uint32) << (starts & 31),
         lax.ScatterDimensionNumbers(
@@ -102,8 +101,13 @@ def _packed_index(lengths, size):
         ),
         mode="promise_in_bounds",
     )
+
+
+def _packed_index(lengths, size):
+    ends = packed_ends(lengths, size).astype(jnp.uint32)
+    words = start_words(starts_of(ends), ends, size)
     # Each position of the tail is its own segment, and so is the end of the axis.
-    first = 32 * lax.broadcasted_iota(jnp.uint32, words.shape, last)
+    first = 32 * lax.broadcasted_iota(jnp.uint32, words.shape, words.ndim - 1)
     valid = jnp.maximum(ends[..., -1:], first) - first
     words |= jnp.where(valid < 32, ~jnp.uint32(0) << (valid & 31), 0)
     return reverse_between(words, size)

@@ -18,10 +18,10 @@ from jax import lax
 from jax.sharding import NamedSharding, PartitionSpec
 
 from jax_revseg import _compat
-from jax_revseg._boundaries import take_last
+from jax_revseg._boundaries import around_bits, take_last
 from jax_revseg._compat import mlir
 from jax_revseg._linear import linear_primitive, lower
-from jax_revseg._lowering import packed_ends, starts_of, to_bits
+from jax_revseg._lowering import packed_ends, start_words, starts_of, to_bits
 from jax_revseg._primitive import length_error
 
 
@@ -29,52 +29,6 @@ def bind(x, lengths, *, size, unpack, batch=0):
     """Binds the primitive; `x` varies over devices wherever `lengths` does."""
     x = _compat.vary_like(x, lengths)
     return pack_segments_p.bind(x, lengths, size=size, unpack=unpack, batch=batch)
-
-
-def _count_up_to(values: jax.Array, limits: jax.Array) -> jax.Array:
-    """For each limit, the number of ascending `values` that are at most the limit.
-
-    A binary search, because `jnp.searchsorted` refuses a symbolic size.
-    """
-    count = values.shape[0]
-    rounds = count.bit_length() if isinstance(count, int) else 31
-
-    def search(i, found):
-        i = jnp.asarray(i, jnp.int32)  # JAX 0.7 gives an int in disable_jit.
-        step = jnp.left_shift(jnp.int32(1), rounds - 1 - i)
-        # Compared this way round the sum cannot wrap.
-        fits = step <= count - found
-        value = take_last(values, jnp.where(fits, found + step - 1, 0))
-        return jnp.where(fits & (value <= limits), found + step, found)
-
-    found = _compat.vary_like(jnp.zeros_like(limits, jnp.int32), values)
-    return lax.fori_loop(0, rounds, search, found)
-
-
-def _segment_numbers(starts: jax.Array, ends: jax.Array, size: int) -> jax.Array:
-    """For each position before the last end, the number of its segment.
-
-    A search for each position would take ten times as long. Here a word of 32 bits
-    marks the starts of 32 positions, there is one search for each word, and a position
-    counts the bits up to its own.
-    """
-    full = (starts < ends).astype(jnp.uint32)
-    words = (size + 31) // 32
-    limits = 32 * lax.iota(jnp.uint32, words + 1)
-    before = _count_up_to(starts + 1, limits)
-
-    def sums(values):  # Over the segments that start before each word.
-        values = lax.pad(lax.cumsum(values), jnp.uint32(0), [(1, 0, 0)])
-        return take_last(values, before)
-
-    # Different segments set different bits, so a difference of sums has these bits.
-    marks, ranks = sums(full << (starts & 31)), sums(full)
-    marks, ranks = (marks[1:] - marks[:-1])[:, None], ranks[:-1, None]
-    bit = lax.broadcasted_iota(jnp.uint32, (words, 32), 1)
-    found = ranks + lax.population_count(marks & ((jnp.uint32(2) << bit) - 1)) - 1
-    # The number of the k-th segment that is not empty.
-    numbers = _count_up_to(lax.cumsum(full), lax.iota(jnp.uint32, full.shape[0]))
-    return take_last(numbers, found.reshape(32 * words)[:size])
 
 
 def _pack_rows(x, lengths, size):
@@ -89,10 +43,12 @@ def _unpack_rows(x, lengths, size):
     rows, limit = x.shape[:2]
     ends = packed_ends(lengths, size).astype(jnp.uint32)
     starts, t = starts_of(ends), lax.iota(jnp.uint32, size)
-    row = jnp.minimum(_segment_numbers(starts, ends, size), rows - 1)
-    step = t - take_last(starts, row)
+    before, _ = around_bits(start_words(starts, ends, size))
+    # Of segments that start at one position only the last is not empty.
+    row = jnp.zeros_like(t, jnp.int32).at[starts].max(lax.iota(jnp.int32, rows))
+    step = t - before[:size]
     valid = (t < ends[-1]) & (step < limit)
-    return valid, (row, jnp.where(valid, step, 0))
+    return valid, (take_last(row, before[:size]), jnp.where(valid, step, 0))
 
 
 def _move(x, lengths, *, size, unpack):
