@@ -18,7 +18,6 @@ from jax_revseg._carry import alike, check_callable
 from jax_revseg._layout import Layout
 from jax_revseg._linear import compiled
 from jax_revseg._lowering import gather_rows, with_features
-from jax_revseg._primitive import merged_spec
 from jax_revseg._segments import parse_arrays
 from jax_revseg._steps import fill_padding, find_steps, zero_padding
 
@@ -134,9 +133,6 @@ def bidirectional(
     rows = range(len(layout.batch_axes))
     x = next(alike(call, (x, layout.batch_axes), (segments, rows)))
     shape = jax.tree.leaves(x)[0].shape
-    if axis_name is None:
-        for leaf in jax.tree.leaves(x):
-            merged_spec(jax.typeof(leaf), jax.typeof(segments), layout)
     given, original = segments, layout
     if mask is not None:
         if axis_name is not None:

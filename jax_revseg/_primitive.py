@@ -23,6 +23,8 @@ from jax_revseg._compat import mlir
 from jax_revseg._linear import linear_primitive, lower
 from jax_revseg._lowering import packed_sums, reverse_gather
 
+_LOOPS = ("scan_segments", "bidirectional_scan")  # They have no axis_name.
+
 
 def bind(x, segments, layout):
     """Binds the primitive; `x` varies over devices wherever `segments` does."""
@@ -31,31 +33,17 @@ def bind(x, segments, layout):
     return reverse_segments_p.bind(x, segments, layout=layout)
 
 
-def _exchange(name, layout):
-    """Returns the code that exchanges blocks, in the terms of the user's call."""
-    both, packed = layout.function == "bidirectional", layout.kind == "packed"
-    given = {"ids": "segment_ids", "starts": "starts"}.get(layout.kind, "lengths")
-    given = "cu_seqlens" if both and packed else given
-    return f""", or exchange blocks with axis_name={name!r}:
-
-    def f(x, {given}):  # With your other arguments{", or cu_seqlens" * packed}.
-        return {layout.function}(
-            {"forward, backward, " * both}x, {given}={given}, axis_name={name!r}
-        )
-    mesh, specs = jax.typeof(x).sharding.mesh, (jax.P(...), jax.P(...))
-    out = jax.shard_map(f, mesh=mesh, in_specs=specs, out_specs=specs[0])(x, {given})
-"""
-
-
 def merged_spec(x, segments, layout):
-    """Merges both operands' shardings, as a binary operation does."""
+    """Merges both operands' shardings, as a binary operation does, or raises."""
     spec = list(x.sharding.spec)
     name = spec[layout.axis]
     if name is not None:
+        remedy = "replicate that axis with jax.sharding.reshard"
+        if layout.kind != "mask" and layout.function not in _LOOPS:
+            remedy += f", or call inside jax.shard_map, with axis_name={name!r}"
         raise ValueError(
-            f"{layout.function}: axis {layout.axis} of x, the segment axis, is sharded "
-            f"over mesh axis {name!r}. Replicate that axis with jax.sharding.reshard"
-            + ("." if layout.kind == "mask" else _exchange(name, layout))
+            f"{layout.function}: axis {layout.axis}, the segment axis, is sharded over "
+            f"mesh axis {name!r}; {remedy}."
         )
     for i, name in enumerate(segments.sharding.spec):
         if name is None:

@@ -10,7 +10,7 @@ from jax_revseg._arguments import AxisName, Call, Integers
 from jax_revseg._associative import combine_rows
 from jax_revseg._programs import run
 from jax_revseg._recurrence import scan_both_ways, scan_rows
-from jax_revseg._steps import parse_steps
+from jax_revseg._segments import parse_arrays
 
 
 def scan_segments(
@@ -120,7 +120,7 @@ def scan_segments(
     unroll = _carry.check_unroll(call, unroll)
     encodings = dict(lengths=lengths, segment_ids=segment_ids, cu_seqlens=cu_seqlens)
     encodings.update(starts=starts, mask=mask, padding_id=padding_id)
-    xs, segments, layout = parse_steps(call, "xs", xs, axis, **encodings)
+    xs, segments, layout = parse_arrays(call, "xs", xs, axis, **encodings)
     batch, _ = layout.sizes(xs)
     init = _carry.carry_arrays(call, "init", init, batch)
     if carry_in is not None:
@@ -206,7 +206,7 @@ def bidirectional_scan(
     unroll = _carry.check_unroll(call, unroll)
     encodings = dict(lengths=lengths, segment_ids=segment_ids, cu_seqlens=cu_seqlens)
     encodings.update(starts=starts, mask=mask, padding_id=padding_id)
-    xs, segments, layout = parse_steps(call, "xs", xs, axis, **encodings)
+    xs, segments, layout = parse_arrays(call, "xs", xs, axis, **encodings)
     params = _carry.check_pair(call, "params", params)
     inits = _carry.check_pair(call, "init", init, layout.sizes(xs)[0])
     static = dict(call=call, layout=layout, unroll=unroll)
@@ -284,7 +284,7 @@ def associative_scan_segments(
     _carry.check_callable(call, "fn", fn)
     encodings = dict(lengths=lengths, segment_ids=segment_ids, cu_seqlens=cu_seqlens)
     encodings.update(starts=starts, padding_id=padding_id)
-    elems, segments, layout = parse_steps(call, "elems", elems, axis, **encodings)
+    elems, segments, layout = parse_arrays(call, "elems", elems, axis, **encodings)
     if carry_in is not None:
         batch, _ = layout.sizes(elems)
         carry_in = _carry.carry_arrays(call, "carry_in", carry_in, batch)

@@ -19,6 +19,7 @@ from jax_revseg._arguments import Call
 from jax_revseg._host_values import HostValues
 from jax_revseg._layout import Kind, Layout
 from jax_revseg._linear import compiled
+from jax_revseg._primitive import merged_spec
 
 _KINDS: dict[str, Any] = {"segment_ids": "ids", "cu_seqlens": "packed"}
 
@@ -54,7 +55,10 @@ def parse_arrays(
         what = f"the arrays disagree about the segment axis: {' and '.join(shapes)}"
         call.fail(f"{what}; give them the same axes, and count axis from the start.")
     [((layout, _), (call, shape))] = found.items()
-    return treedef.unflatten(arrays), *_segments(call, shape, static[0], values, layout)
+    segments, layout = _segments(call, shape, static[0], values, layout)
+    for x in arrays:  # The primitive, too, asks for it; but a scan may not bind it.
+        merged_spec(jax.typeof(x), jax.typeof(segments), layout)
+    return treedef.unflatten(arrays), segments, layout
 
 
 def _parse(

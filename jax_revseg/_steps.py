@@ -8,7 +8,6 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.tree_util import keystr, tree_leaves_with_path as leaves_of
 
 from jax_revseg import _compat
 from jax_revseg._arguments import Call
@@ -24,7 +23,6 @@ from jax_revseg._lowering import (
     with_features,
 )
 from jax_revseg._primitive import bind
-from jax_revseg._segments import parse_arrays
 
 
 class Steps(NamedTuple):
@@ -36,24 +34,6 @@ class Steps(NamedTuple):
     valid: Any  # None if all are.
     starts: Any  # Where a segment starts, or is padding; None for a mask.
     first: Any  # The index of the first valid step, or -1; the time axis has size 1.
-
-
-def parse_steps(
-    call: Call, name: str, xs: Any, axis: int | None, **encodings: Any
-) -> tuple[Any, Any, Layout]:
-    """Returns arrays, segments and layout; raises if the segment axis is sharded."""
-    xs, segments, layout = parse_arrays(call, name, xs, axis, **encodings)
-    checked = [(f"{name}{keystr(p)}", x, layout.axis) for p, x in leaves_of(xs)]
-    if layout.per_step:
-        checked.append(("the segments", segments, segments.ndim - 1))
-    for what, array, axis in checked:
-        if (over := jax.typeof(array).sharding.spec[axis]) is not None:
-            call.fail(
-                f"axis {axis} of {what}, the segment axis, is sharded over mesh axis "
-                f"{over!r}, but a scan runs along it; replicate that axis with "
-                "jax.sharding.reshard."
-            )
-    return xs, segments, layout
 
 
 def _positions(call: Call, shape: Any, at: int) -> tuple[Any, jax.Array]:
