@@ -18,19 +18,11 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from jax_revseg import _steps
 from jax_revseg._arguments import Call
 from jax_revseg._boundaries import shift
 from jax_revseg._carry import alike, describe, same_types
 from jax_revseg._lowering import with_features
-from jax_revseg._steps import (
-    enters,
-    find_steps,
-    first_valid,
-    is_at,
-    select,
-    take_step,
-    zero_padding,
-)
 
 
 def combine_rows(fn, elems, carry_in, segments, *, call, layout, reverse):
@@ -40,7 +32,7 @@ def combine_rows(fn, elems, carry_in, segments, *, call, layout, reverse):
     if size == 0:
         return elems
     rows, rank = range(len(batch_axes)), max(axis, *batch_axes, 0) + 1
-    steps = find_steps(call, segments, size, layout, reverse)
+    steps = _steps.find_steps(call, segments, size, layout, reverse)
     elems, carry_in, steps = alike(
         call,
         (elems, batch_axes),
@@ -50,11 +42,11 @@ def combine_rows(fn, elems, carry_in, segments, *, call, layout, reverse):
     valid, starts, first = steps
     padding = None
     if valid is not None:
-        padding = jax.tree.map(lambda x: first_valid(x, first, layout), elems)
+        padding = jax.tree.map(lambda x: _steps.first_valid(x, first, layout), elems)
     combine = partial(_combine, call, fn, padding)
     if carry_in is not None:
-        first = enters(call, steps, at, reverse)
-        here = with_features(is_at(first, starts, at), rank, layout)
+        first = _steps.enters(call, steps, at, reverse)
+        here = with_features(_steps.is_at(first, starts, at), rank, layout)
         elems = _enter(combine, elems, carry_in, first, here, layout)
     if call.axis_name is None:
         # The first step is a start. Say so by a pad, which XLA:CPU writes to memory: it
@@ -67,7 +59,7 @@ def combine_rows(fn, elems, carry_in, segments, *, call, layout, reverse):
         pairs = combine(_before(call, combine, pairs, reverse, axis), pairs)
     if valid is None:
         return pairs[1]
-    return zero_padding(pairs[1], with_features(valid, rank, layout))
+    return _steps.zero_padding(pairs[1], with_features(valid, rank, layout))
 
 
 def _combine(call: Call, fn: Any, first: Any, a: Any, b: Any) -> Any:
@@ -76,23 +68,23 @@ def _combine(call: Call, fn: Any, first: Any, a: Any, b: Any) -> Any:
     # in a nor one in b can then give NaN gradients. It is b, or where there is padding
     # the first valid step of the row.
     constant = lax.stop_gradient(b) if first is None else first
-    out = fn(select(starts_b, constant, a), select(starts_b, constant, b))
+    out = fn(_steps.select(starts_b, constant, a), _steps.select(starts_b, constant, b))
     if not same_types(out, b):
         call.fail(
             f"fn was given {describe(b)}, but returned {describe(out)}; it must return "
             "the structure, shapes and dtypes of elems.",
             TypeError,
         )
-    return starts_a | starts_b, select(starts_b, b, out)
+    return starts_a | starts_b, _steps.select(starts_b, b, out)
 
 
 def _enter(combine, elems, carry, first, here, layout):
     """Combines what enters each row with its first valid step."""
-    step = jax.tree.map(lambda x: take_step(x, first, layout), elems)
+    step = jax.tree.map(lambda x: _steps.take_step(x, first, layout), elems)
     carry = jax.tree.map(lambda x: jnp.expand_dims(x, layout.axis), carry)
     absent = with_features(first < 0, here.ndim, layout)
     _, step = combine((absent, carry), (absent, step))
-    return select(here, step, elems)
+    return _steps.select(here, step, elems)
 
 
 def _before(call: Call, combine: Any, pairs: Any, reverse: bool, axis: int) -> Any:

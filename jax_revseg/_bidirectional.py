@@ -15,7 +15,6 @@ from jax.tree_util import keystr, tree_map_with_path
 from jax_revseg._api import reverse_rows
 from jax_revseg._arguments import AxisName, BatchAxis, Call, Integers
 from jax_revseg._carry import alike, check_callable
-from jax_revseg._layout import Layout
 from jax_revseg._linear import compiled
 from jax_revseg._lowering import gather_rows, with_features
 from jax_revseg._segments import parse_arrays
@@ -159,15 +158,7 @@ def bidirectional(
     return merge(*results)
 
 
-def _check_output(
-    call: Call,
-    layout: Layout,
-    x_shape: Any,
-    concatenated: bool,
-    name: str,
-    path: Any,
-    y,
-) -> jax.Array:
+def _check_output(call, layout, x_shape, concatenated, name, path, y) -> jax.Array:
     axes, shape = (*layout.batch_axes, layout.axis), np.shape(y)
     sizes = tuple(x_shape[a] for a in axes)
     if len(shape) <= max(axes) or tuple(shape[a] for a in axes) != sizes:

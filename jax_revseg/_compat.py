@@ -13,7 +13,7 @@ from typing import Any
 import jax
 from jax._src import checkify, core
 from jax._src.interpreters.partial_eval import DynamicJaxprTrace
-from jax.experimental import jet
+from jax.experimental.jet import jet_rules as jet_rules
 from jax.interpreters import ad as ad, batching as batching, mlir as mlir
 from jax.interpreters.xla import apply_primitive as apply_primitive
 from jax.sharding import NamedSharding, auto_axes, reshard
@@ -99,11 +99,6 @@ def automatic(fun: Callable[..., Any], out: NamedSharding) -> Callable[..., Any]
     """Lets the compiler choose the shardings inside `fun`; its results get `out`."""
     explicit = out.mesh.explicit_axes
     return auto_axes(fun, axes=explicit, out_sharding=out) if explicit else fun
-
-
-def register_jet_rule(primitive: Primitive, rule: Callable[..., Any]) -> None:
-    """Registers a Taylor-mode rule, `rule(primals, series, **params)`."""
-    jet.jet_rules[primitive] = rule
 
 
 def register_checkify_rule(

@@ -105,7 +105,7 @@ def linear_primitive(
     ad.defjvp(primitive, jvp, None)
     ad.primitive_transposes[primitive] = transpose_rule
     batching.fancy_primitive_batchers[primitive] = batching_rule
-    _compat.register_jet_rule(primitive, jet)
+    _compat.jet_rules[primitive] = jet
     _compat.register_checkify_rule(primitive, check)
     return primitive
 

@@ -16,20 +16,10 @@ import jax.numpy as jnp
 from jax import lax
 from jax.tree_util import keystr, tree_map_with_path
 
-from jax_revseg import _compat
+from jax_revseg import _compat, _steps
 from jax_revseg._arguments import Call
 from jax_revseg._carry import alike, check_step
-from jax_revseg._layout import Layout
 from jax_revseg._lowering import pad_to_multiple
-from jax_revseg._steps import (
-    fill_padding,
-    find_steps,
-    first_valid,
-    is_at,
-    lend,
-    select,
-    zero_padding,
-)
 
 
 class _Loop(NamedTuple):
@@ -44,22 +34,13 @@ class _Loop(NamedTuple):
     starts: Any  # Of a segment, or padding; None for one segment a row.
 
 
-def _prepare(
-    call: Call,
-    layout: Layout,
-    init: Any,
-    carry_in: Any,
-    xs: Any,
-    segments: Any,
-    reverse: bool,
-    chunk: int | None = None,
-) -> _Loop:
+def _prepare(call, layout, init, carry_in, xs, segments, reverse, chunk=None) -> _Loop:
     """Puts time in front, and says what `f` gets at starts and at padding."""
     xs = jax.tree.map(lambda x: jnp.moveaxis(x, layout.axis, 0), xs)
     rows, over = range(len(layout.batch_axes)), range(1, len(layout.batch_axes) + 1)
     layout = layout._replace(axis=0, batch_axes=tuple(over))
     _, size = layout.sizes(xs)
-    steps = find_steps(call, segments, size, layout, reverse)
+    steps = _steps.find_steps(call, segments, size, layout, reverse)
     if chunk and size % chunk and steps.valid is None:  # There will be padding.
         steps = steps._replace(valid=jnp.ones_like(steps.starts))
     init, carry_in, xs, steps = alike(
@@ -70,15 +51,15 @@ def _prepare(
         starts = None
     carry, padding = init if carry_in is None else carry_in, None
     if starts is not None and carry_in is not None:  # The first segment goes on.
-        starts &= ~is_at(first, starts, 0)
+        starts &= ~_steps.is_at(first, starts, 0)
     if valid is not None:
         some = (first >= 0)[0]
-        padding = jax.tree.map(lambda c: lend(c, some, rows), carry)
+        padding = jax.tree.map(lambda c: _steps.lend(c, some, rows), carry)
         if starts is not None and carry_in is None:  # Padding counts as a start.
             init, padding = padding, None
-        first = jax.tree.map(lambda x: first_valid(x, steps.first, layout)[0], xs)
+        first = jax.tree.map(lambda x: _steps.first_valid(x, first, layout)[0], xs)
         if chunk:  # The gradient saves xs, where `jax.debug_nans` must find no NaN.
-            xs = jax.tree.map(lambda x: fill_padding(x, steps, layout), xs)
+            xs = jax.tree.map(lambda x: _steps.fill_padding(x, steps, layout), xs)
     if chunk:
         grow = partial(pad_to_multiple, axis=0, multiple=chunk)
         xs, valid = jax.tree.map(grow, (xs, valid))
@@ -92,8 +73,8 @@ def _saving_little(fun: Any, *operands: Any) -> Any:
     return jax.checkpoint(lambda *args: fun(*args), prevent_cse=False)(*operands)
 
 
-_select = partial(_saving_little, select)
-_zero_padding = partial(_saving_little, zero_padding)
+_select = partial(_saving_little, _steps.select)
+_zero_padding = partial(_saving_little, _steps.zero_padding)
 
 
 def _run_loop(step: Any, loop: _Loop, *, reverse=False, unroll=1, chunk=None) -> Any:

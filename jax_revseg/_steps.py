@@ -185,12 +185,9 @@ def lend(rows: jax.Array, some: jax.Array, batch_axes: Sequence[int]) -> jax.Arr
         return rows
 
     def take(rows, some):
-        index = lax.argmax(some.ravel(), 0, jnp.uint32)
-        starts, sizes = [jnp.uint32(0)] * rows.ndim, list(rows.shape)
-        for a, n in zip(reversed(batch_axes), reversed(some.shape), strict=True):
-            starts[a], sizes[a] = index % n if len(batch_axes) > 1 else index, 1
-            index = index // n
-        other = lax.stop_gradient(lax.dynamic_slice(rows, starts, sizes))
+        other, at = lax.stop_gradient(rows), jnp.argmax(some)
+        for a, i in zip(batch_axes, jnp.unravel_index(at, some.shape), strict=True):
+            other = lax.dynamic_index_in_dim(other, i, a)
         others = [a for a in range(rows.ndim) if a not in batch_axes]
         return jnp.where(lax.expand_dims(some, others), rows, other)
 

@@ -279,3 +279,15 @@ BENCHMARKS = (
     Case("ids-1x65536x64-k512", (1, 65536, 64), layout="ids", count=512),
     Case("ids-16x8192x1-k64", (16, 8192, 1), layout="ids", count=64),
 )
+
+
+def reverse_order(x, lengths, *, axis, batch_axes):
+    """Lays the segments of each row down in the opposite order, each one intact."""
+    out, out_lengths = x.copy(), np.zeros_like(lengths)
+    rows, out_rows = (_reference.rows_of(a, axis, batch_axes) for a in (x, out))
+    for row in np.ndindex(*lengths.shape[:-1]):
+        bounds = _reference.packed_bounds(lengths[row], x.shape[axis])[::-1]
+        pieces = [rows[row][start:end] for start, end in bounds]
+        out_rows[row][: bounds[0][1]] = np.concatenate(pieces)
+        out_lengths[row] = [len(piece) for piece in pieces]
+    return out, out_lengths

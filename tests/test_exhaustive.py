@@ -7,7 +7,7 @@ import pytest
 
 import jax_revseg
 from jax_revseg import _reference, reverse_segments, reverse_sequence
-from tests.cases import assert_same_bits
+from tests.cases import assert_same_bits, reverse_order
 
 AXES = dict(axis=1, batch_axes=(0,))
 
@@ -61,7 +61,7 @@ def test_every_segmentation(size):
         *[reversed_] * 3,
         _reference.reverse(x, tail, layout="packed", **AXES),
         _reference.reverse(x[: size + 1], every_length, layout="padded", **AXES),
-        *_reference.reverse_order(x, lengths, **AXES),
+        *reverse_order(x, lengths, **AXES),
     )
     outs = run(x, lengths, ids, offsets, every_length)
     for number, (out, want) in enumerate(zip(outs, expected, strict=True)):

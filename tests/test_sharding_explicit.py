@@ -15,9 +15,9 @@ import pytest
 from jax.sharding import PartitionSpec as P
 
 import jax_revseg
-from jax_revseg import _reference, reverse_segments, reverse_sequence
+from jax_revseg import reverse_segments, reverse_sequence
 from jax_revseg._layout import Layout
-from tests.cases import Case, assert_same_bits
+from tests.cases import Case, assert_same_bits, reverse_order
 from tests.meshes import CASES, calls, integers, make_mesh, put, with_gradients
 
 MESH = make_mesh("Explicit")
@@ -113,7 +113,7 @@ def test_vmap_over_a_sharded_axis(name):
 def test_order_of_segments():
     """Fails on wrong sums of lengths, or another sharding of the reversed lengths."""
     x, axes = integers(SHAPE), dict(axis=1, batch_axes=(0,))
-    wanted = _reference.reverse_order(x, SEGMENTS[1], **axes)
+    wanted = reverse_order(x, SEGMENTS[1], **axes)
     lengths = put(MESH, SEGMENTS[1], "a", None)
     reverse = jax.jit(jax_revseg.reverse_segment_order)
     for x_spec in (("a", None, "b"), (None, None, "b")):
