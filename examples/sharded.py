@@ -31,7 +31,8 @@ ROWS, FEATURES = 4, 64
 ARGS = arguments()
 # The number of devices must be set before JAX starts.
 os.environ["JAX_PLATFORMS"] = "cpu"
-os.environ["XLA_FLAGS"] = f"--xla_force_host_platform_device_count={ARGS.devices}"
+FLAGS = os.environ.get("XLA_FLAGS", ""), "--xla_force_host_platform_device_count="
+os.environ["XLA_FLAGS"] = f"{' '.join(FLAGS)}{ARGS.devices}"
 
 import jax  # noqa: E402
 import jax.numpy as jnp  # noqa: E402
