@@ -54,7 +54,8 @@ def _prepare(call, layout, init, carry_in, xs, segments, reverse, chunk=None) ->
         starts &= ~_steps.is_at(first, starts, 0)
     if valid is not None:
         some = (first >= 0)[0]
-        padding = jax.tree.map(lambda c: _steps.lend(c, some, rows), carry)
+        lent = jax.tree.map(lambda c: _steps.lend(c, some, rows), carry)
+        padding = _steps.select(some, carry, lent)
         if starts is not None and carry_in is None:  # Padding counts as a start.
             init, padding = padding, None
         first = jax.tree.map(lambda x: _steps.first_valid(x, first, layout)[0], xs)

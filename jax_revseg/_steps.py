@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -161,11 +162,10 @@ def first_valid(x: jax.Array, first: jax.Array, layout: Layout) -> jax.Array:
     if _is_key(x):
         return step  # Any key is as good as another.
     some = lax.squeeze(first >= 0, [layout.time_axis])
-    step = lend(step, some, sorted(layout.batch_axes))
     # Without a valid step anywhere, roots, logarithms and quotients are smooth here.
     default = 0.5 if jnp.issubdtype(x.dtype, jnp.inexact) else 1
     step = jnp.where(some.any(), step, jnp.full_like(step, default))
-    return lax.stop_gradient(step)
+    return lend(step, some, sorted(layout.batch_axes))
 
 
 def fill_padding(x: jax.Array, steps: Steps, layout: Layout) -> jax.Array:
@@ -179,17 +179,21 @@ def fill_padding(x: jax.Array, steps: Steps, layout: Layout) -> jax.Array:
 def lend(rows: jax.Array, some: jax.Array, batch_axes: Sequence[int]) -> jax.Array:
     """Gives a row without a valid step the entry of the first row that has one.
 
-    A function that is undefined at any value of ours is defined there.
+    A function that is undefined at any value of ours is defined there. The results are
+    constants.
     """
+    rows = lax.stop_gradient(rows)
     if not batch_axes or 0 in rows.shape:
         return rows
 
     def take(rows, some):
-        other, at = lax.stop_gradient(rows), jnp.argmax(some)
-        for a, i in zip(batch_axes, jnp.unravel_index(at, some.shape), strict=True):
-            other = lax.dynamic_index_in_dim(other, i, a)
-        others = [a for a in range(rows.ndim) if a not in batch_axes]
-        return jnp.where(lax.expand_dims(some, others), rows, other)
+        front, own = range(some.ndim), partial(lax.broadcasted_iota, jnp.int32)
+        first = jnp.unravel_index(jnp.argmax(some), some.shape)
+        index = (jnp.where(some, own(some.shape, a), first[a]) for a in front)
+        # A gather, because XLA:CPU writes it to memory: it would compute a selection
+        # again in each of many loops.
+        taken = jnp.moveaxis(rows, batch_axes, front).at[*index]
+        return jnp.moveaxis(taken.get(mode="promise_in_bounds"), front, batch_axes)
 
     return _compat.automatic(take, jax.typeof(rows).sharding)(rows, some)
 
