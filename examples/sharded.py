@@ -27,12 +27,11 @@ def arguments():
     return args
 
 
-ROWS, FEATURES = 4, 64
-ARGS = arguments()
+ROWS, FEATURES, ARGS = 4, 64, arguments()
 # The number of devices must be set before JAX starts.
+DEVICES = f" --xla_force_host_platform_device_count={ARGS.devices}"
 os.environ["JAX_PLATFORMS"] = "cpu"
-FLAGS = os.environ.get("XLA_FLAGS", ""), "--xla_force_host_platform_device_count="
-os.environ["XLA_FLAGS"] = f"{' '.join(FLAGS)}{ARGS.devices}"
+os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + DEVICES
 
 import jax  # noqa: E402
 import jax.numpy as jnp  # noqa: E402

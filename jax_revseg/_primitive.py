@@ -42,8 +42,8 @@ def merged_spec(x, segments, layout):
         if layout.kind != "mask" and layout.function not in _LOOPS:
             remedy += f", or call inside jax.shard_map, with axis_name={name!r}"
         raise ValueError(
-            f"{layout.function}: axis {layout.axis}, the segment axis, is sharded over "
-            f"mesh axis {name!r}; {remedy}."
+            f"{layout.function}: axis {layout.axis} of x, the segment axis, is sharded "
+            f"over mesh axis {name!r}; {remedy}."
         )
     for i, name in enumerate(segments.sharding.spec):
         if name is None:
