@@ -201,7 +201,7 @@ def test_gradient_of_the_padding_value():
 
 
 def test_derivatives_of_any_order_gather():
-    """Fails on a scatter of floats, or if remat or a second order loses a step."""
+    """Fails on a scatter of data, or if remat or a second order loses a step."""
     n = jnp.array([2, 4, 0, 1])
     for f, kept in (
         (partial(pack_segments, max_length=3), rows_to_flat(np.ones((4, 3)), n, 11)),
@@ -218,7 +218,8 @@ def test_derivatives_of_any_order_gather():
             return second, jax.vmap(grad)(x[None])[0]
 
         compiled = run.lower(x).compile()
-        assert not re.search(r"= f32\S* scatter\(", compiled.as_text())
+        # The table of rows, and words of bits, may be scattered: integers.
+        assert not re.search(r"= (?![su]32)\S+ scatter\(", compiled.as_text())
         for got, want in zip(compiled(x), (36 * x**3, 3 * x**2), strict=True):
             np.testing.assert_array_equal(got, want * kept)  # Integers: exact.
 
