@@ -11,15 +11,7 @@ import jax_revseg
 from jax_revseg import _reference, reverse_segments, reverse_sequence
 from jax_revseg._layout import Layout
 from tests import cases
-from tests.cases import (
-    AXES,
-    KINDS,
-    LENGTHS_TYPES,
-    TYPES,
-    assert_same_bits,
-    enable_x64,
-    reverse_order,
-)
+from tests.cases import AXES, KINDS, LENGTHS_TYPES, TYPES, assert_same_bits, enable_x64
 
 
 # The cases of KINDS are test_eager's, those of TYPES are in test_arrays.py as well.
@@ -248,7 +240,7 @@ def test_segment_order():
     )
     for low, high in ((0, 4), (-3, 9), (0, 1)):
         lengths = rng.integers(low, high, (2, 3, 4)).astype(np.int32)
-        wanted = reverse_order(x, lengths, **axes)
+        wanted = cases.reverse_order(x, lengths, **axes)
         for out, want in zip(reverse(x, lengths), wanted, strict=True):
             assert_same_bits(out, want)
     out, out_lengths = jax_revseg.reverse_segment_order(np.arange(6), [2, 3])
