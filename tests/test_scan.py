@@ -413,6 +413,19 @@ def test_one_row_square_rows_and_no_jit():
     assert both[1].tolist() == [[321, 32, 3, 0], [65, 6, 0, 0]]
 
 
+def test_block_by_block():
+    """Fails if what `carry_in` brings is lost, or passes the start of a segment."""
+    scans = (
+        lambda x, **how: scan_segments(partial(total, 1), ZEROS, x, **how)[1],
+        lambda x, **how: associative_scan_segments(jnp.add, x, **how),
+    )
+    starts = np.arange(4) == [[1], [3]]
+    for scan in scans:
+        first = scan(DIGITS[:, :2], starts=starts[:, :2])
+        rest = scan(DIGITS[:, 2:], starts=starts[:, 2:], carry_in=first[:, -1])
+        close(jnp.concatenate([first, rest], 1), scan(DIGITS, starts=starts))
+
+
 def test_dtypes_and_keys():
     """Fails if key arrays, which have no zero, cannot be carried or scanned."""
     keys = jax.random.split(jax.random.key(0), (2, 4))
