@@ -78,14 +78,11 @@ def test_values():
         for name, lengths in LENGTHS.items():
             n = np.array(lengths, np.int32)
             packed, to_x, unpacked, to_rows = run(x, ct_x, rows, ct_rows, n, size)
-            want = pack(x, n, max_length=size, padding_value=7)
-            assert_same_bits(packed, want, name)
+            assert_same_bits(packed, pack(x, n, max_length=size, padding_value=7), name)
             assert_same_bits(to_x, rows_to_flat(ct_x, lengths, 11), name)
             cut = np.minimum(n, 5)
-            want = unpack(rows, cut, total_length=size)
-            assert_same_bits(unpacked, want, name)
-            want = pack(ct_rows, cut, max_length=5)
-            assert_same_bits(to_rows, want, name)
+            assert_same_bits(unpacked, unpack(rows, cut, total_length=size), name)
+            assert_same_bits(to_rows, pack(ct_rows, cut, max_length=5), name)
 
 
 def test_starts_in_several_words():
@@ -133,8 +130,7 @@ def test_dtypes(dtype):
         x[x != x] = 1  # XLA computes `where` on small floats in wider ones.
     lengths = jnp.array([2, 4, 0, 1], jnp.int8)
     packed = pack_segments(x, lengths, max_length=4)
-    expected = pack(x, np.array([2, 4, 0, 1]), max_length=4)
-    assert_same_bits(packed, expected)
+    assert_same_bits(packed, pack(x, np.array([2, 4, 0, 1]), max_length=4))
     assert_same_bits(unpack_segments(packed, lengths, total_length=7), x)
 
 
